@@ -48,6 +48,23 @@ Sections, in the order of the file; a definition uses only what stands above it:
 # What one command alone needs (argparse, configparser, xml, subprocess, tempfile, shutil ...) is imported
 # where it is used: an idle agent then fits in half the memory, and starts sooner.
 
+import os
+import sys
+
+#: Verbs that stay for long. CPython keeps the syntax tree of a script for as long as it runs, for this file
+#: some 10 MB; run as a module, from cached bytecode, it needs none, and no site-packages either.
+_RESIDENT_VERBS = ('listen',)
+_RUN_AS_MODULE = """import sys
+from importlib.machinery import SourceFileLoader
+sys.argv[:] = sys.argv[1:]
+__file__ = sys.argv[0]
+_as_module = True
+exec(SourceFileLoader(__name__, __file__).get_code(__name__))"""
+
+if __name__ == '__main__' and '_as_module' not in globals() and sys.argv[1:2] and sys.argv[1] in _RESIDENT_VERBS:
+    os.execv(sys.executable, [sys.executable, '-I', '-S'] + ['-B'] * sys.dont_write_bytecode
+             + ['-c', _RUN_AS_MODULE, os.path.abspath(__file__)] + sys.argv[1:])
+
 import base64
 import codecs
 import errno
@@ -55,7 +72,6 @@ import hashlib
 import io
 import json
 import logging
-import os
 import re
 import secrets
 import selectors
@@ -65,7 +81,6 @@ import socketserver
 import ssl
 import stat
 import struct
-import sys
 import threading
 import time
 import uuid
@@ -3410,6 +3425,7 @@ class Command(NamedTuple):
     example: str
     options: Tuple[Tuple[Tuple[str, ...], Dict[str, Any]], ...]
     function: Callable[[Any], int]
+    words: str                          # what may follow after --, '' = nothing may
 
 
 COMMANDS: 'OrderedDict[str, Command]' = OrderedDict()
@@ -3420,10 +3436,11 @@ def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any
     return names, settings
 
 
-def command(name: str, help: str, example: str, *options: Any) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
+def command(name: str, help: str, example: str, *options: Any, words: str = ''
+            ) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
     """Declare a verb: the function below it gets the parsed arguments and gives the exit code."""
     def register(function: Callable[[Any], int]) -> Callable[[Any], int]:
-        COMMANDS[name] = Command(name, help, example, options, function)
+        COMMANDS[name] = Command(name, help, example, options, function, words)
         return function
     return register
 
@@ -3502,7 +3519,7 @@ def _listen(arguments: Any) -> int:
 
 def _read_script(arguments: Any) -> str:
     """The script that `exec` was given. Raises UsageError."""
-    words = arguments.words[1:] if arguments.words[:1] == ['--'] else arguments.words
+    words = arguments.words
     if bool(words) == (arguments.script is not None):
         raise UsageError('give the script as --script FILE, as --script - (standard input), or as a command after --')
     if words:
@@ -3560,8 +3577,7 @@ _EXIT_CODE_MEANINGS = {
          '  tentacle.py exec web-1 --script deploy.sh',
          option('target', metavar='TARGET', help='name, HOST[:PORT] or https://HOST:PORT/'),
          option('--script', metavar='FILE', help='the script; - is standard input'),
-         option('words', metavar='-- COMMAND', nargs='...',
-                help='one word is a line for the shell, several are a command and its arguments'))
+         words='-- COMMAND: one word is a line for the shell, several are a command and its arguments')
 def _exec(arguments: Any) -> int:
     script = _read_script(arguments)
     settings = _settings(arguments)
@@ -3725,22 +3741,38 @@ class _Demo:
         raise TentacleError('The agent did not start; see why: tentacle.py listen')
 
 
-def _parser() -> Any:
+_COMMON_OPTIONS = (
+    option('--home', metavar='DIR', help='where identity, settings and workspaces are (default: $TENTACLE_HOME, else '
+           'this machine\'s default instance, else /etc/octopus/default for root and ~/.tentacle for others)'),
+    option('-v', '--verbose', action='store_true', help='say more, on stderr'))
+
+
+def _parse_command_line(argv: List[str]) -> Tuple[Optional[Command], Any]:
+    """(verb, its arguments); (None, None) when there is none. Only the parser of that verb is built."""
     import argparse
-    common = argparse.ArgumentParser(add_help=False)
-    common.add_argument('--home', metavar='DIR', help='where identity, settings and workspaces are (default: '
-                        '$TENTACLE_HOME, else this machine\'s default instance, else ~/.tentacle)')
-    common.add_argument('-v', '--verbose', action='store_true', help='say more, on stderr')
-    parser = argparse.ArgumentParser(prog='tentacle.py', description='An Octopus Tentacle in one Python file, and a '
-                                     'dispatcher for it.', epilog='tentacle.py COMMAND --help says more, with an example.')
-    parser.add_argument('--version', action='version', version=__version__)
-    commands = parser.add_subparsers(dest='command', metavar='COMMAND')
-    for entry in COMMANDS.values():
-        sub = commands.add_parser(entry.name, help=entry.help, description=entry.help, parents=[common],
-                                  formatter_class=argparse.RawDescriptionHelpFormatter, epilog='example:\n  ' + entry.example)
-        for names, keywords in entry.options:
-            sub.add_argument(*names, **keywords)
-    return parser
+    formatter = argparse.RawDescriptionHelpFormatter
+    verb = COMMANDS.get(argv[0]) if argv else None
+    if verb is None:
+        overview = argparse.ArgumentParser(
+            prog='tentacle.py', usage='tentacle.py COMMAND [options]', formatter_class=formatter,
+            description='An Octopus Tentacle in one Python file, and a dispatcher for it.',
+            epilog='commands:\n%s\n\ntentacle.py COMMAND --help says more, with an example.'
+                   % '\n'.join('  %-20s%s' % (entry.name, entry.help) for entry in COMMANDS.values()))
+        overview.add_argument('--version', action='version', version=__version__)
+        overview.add_argument('command', nargs='?', help=argparse.SUPPRESS)
+        name = overview.parse_args(argv).command
+        if name is not None:
+            overview.error('%s is no command; tentacle.py --help lists them' % printable(name))
+        overview.print_help()
+        return None, None
+    parser = argparse.ArgumentParser(prog='tentacle.py ' + verb.name, description=verb.help, formatter_class=formatter,
+                                     epilog='%sexample:\n  %s' % (verb.words and verb.words + '\n\n', verb.example))
+    for names, settings in verb.options + _COMMON_OPTIONS:
+        parser.add_argument(*names, **settings)
+    cut = argv.index('--') if verb.words and '--' in argv else len(argv)
+    arguments = parser.parse_args(argv[1:cut])
+    arguments.words = argv[cut + 1:]
+    return verb, arguments
 
 
 def _log_to_stderr(verbose: bool) -> None:
@@ -3758,14 +3790,12 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 1
     for stream in (sys.stdout, sys.stderr):
         stream.reconfigure(errors='backslashreplace')                # type: ignore[union-attr]
-    parser = _parser()
-    arguments = parser.parse_args(argv)
-    if not arguments.command:
-        parser.print_help()
+    verb, arguments = _parse_command_line(list(sys.argv[1:] if argv is None else argv))
+    if verb is None:
         return 2
     _log_to_stderr(arguments.verbose)
     try:
-        return COMMANDS[arguments.command].function(arguments)
+        return verb.function(arguments)
     except TentacleError as error:
         print('tentacle.py: %s' % error, file=sys.stderr)
         return error.exit_code
