@@ -24,9 +24,9 @@ The wire (Halibut), as a byte travels; C calls, T is the listening tentacle:
     C -> T   NEXT CRLF                                   another call on this connection, or END
     T -> C   PROCEED CRLF                                then a request again
 
-Threads: the main thread waits for signals; `listener` accepts; `connection ADDRESS` (one each) shakes
-hands, reads requests and runs the services; `script TICKET` and `wait TICKET` follow a process. None of
-them wakes up when nothing happens.
+Threads: the main thread waits for signals; `listener` accepts; `connection ADDRESS` (one each)
+shakes hands, reads requests and runs the services; `script TICKET` and `wait TICKET` follow a
+process. None of them wakes up when nothing happens.
 
 Sections, in the order of the file; a definition uses only what stands above it:
 
@@ -44,15 +44,16 @@ Sections, in the order of the file; a definition uses only what stands above it:
 "wire notes" in the comments below are the project's notes on Halibut, with their section.
 """
 
-# ---- 0. Imports and names ------------------------------------------------------------------------------------
-# What one command alone needs (argparse, configparser, xml, subprocess, tempfile, shutil ...) is imported
-# where it is used: an idle agent then fits in half the memory, and starts sooner.
+# ---- 0. Imports and names ------------------------------------------------------------------------
+# What one command alone needs (argparse, configparser, xml, subprocess, tempfile, shutil ...) is
+# imported where it is used: an idle agent then fits in half the memory, and starts sooner.
 
 import os
 import sys
 
-#: Verbs that stay for long. CPython keeps the syntax tree of a script for as long as it runs, for this file
-#: some 10 MB; run as a module, from cached bytecode, it needs none, and no site-packages either.
+#: Verbs that stay for long. CPython keeps the syntax tree of a script for as long as it runs, for
+#: this file some 10 MB; run as a module, from cached bytecode, it needs none, and no site-packages
+#: either.
 _RESIDENT_VERBS = ('listen',)
 _RUN_AS_MODULE = """import sys
 from importlib.machinery import SourceFileLoader
@@ -61,9 +62,19 @@ __file__ = sys.argv[0]
 _as_module = True
 exec(SourceFileLoader(__name__, __file__).get_code(__name__))"""
 
-if __name__ == '__main__' and '_as_module' not in globals() and sys.argv[1:2] and sys.argv[1] in _RESIDENT_VERBS:
-    os.execv(sys.executable, [sys.executable, '-I', '-S'] + ['-B'] * sys.dont_write_bytecode
-             + ['-c', _RUN_AS_MODULE, os.path.abspath(__file__)] + sys.argv[1:])
+if (
+    __name__ == '__main__'
+    and '_as_module' not in globals()
+    and sys.argv[1:2]
+    and sys.argv[1] in _RESIDENT_VERBS
+):
+    os.execv(
+        sys.executable,
+        [sys.executable, '-I', '-S']
+        + ['-B'] * sys.dont_write_bytecode
+        + ['-c', _RUN_AS_MODULE, os.path.abspath(__file__)]
+        + sys.argv[1:],
+    )
 
 import base64
 import codecs
@@ -87,35 +98,68 @@ import uuid
 import zlib
 from array import array
 from collections import OrderedDict
-from typing import (Any, BinaryIO, Callable, Dict, FrozenSet, Iterable, Iterator, List, NamedTuple, Optional,
-                    Sequence, Tuple)
+from typing import (
+    Any,
+    BinaryIO,
+    Callable,
+    Dict,
+    FrozenSet,
+    Iterable,
+    Iterator,
+    List,
+    NamedTuple,
+    Optional,
+    Sequence,
+    Tuple,
+)
 
 __version__ = '0.1.0'
 #: The version of the original whose contracts we keep: a server judges an agent's age by it.
 TENTACLE_VERSION = '9.0.0'
 
-__all__ = ['run', 'ListeningTentacle', 'TentacleClient', 'ServiceEndPoint', 'ScriptResult', 'OutputLine',
-           'TentacleError', 'ConnectionLost', 'UntrustedThumbprint', 'ProtocolError', 'ServiceError', 'UsageError']
+__all__ = [
+    'run',
+    'ListeningTentacle',
+    'TentacleClient',
+    'ServiceEndPoint',
+    'ScriptResult',
+    'OutputLine',
+    'TentacleError',
+    'ConnectionLost',
+    'UntrustedThumbprint',
+    'ProtocolError',
+    'ServiceError',
+    'UsageError',
+]
 
 
-# ---- 1. Errors -----------------------------------------------------------------------------------------------
+# ---- 1. Errors -----------------------------------------------------------------------------------
 # Named by what the caller can do next. Any other exception that comes out of this module is a bug.
 
+
 class TentacleError(Exception):
-    """Something failed that a person can mend; the text says what was expected, what came, and what to do."""
+    """Something failed that a person can mend; the text says what was expected, what came, and what
+    to do.
+    """
+
     exit_code = 1
 
 
 class ConnectionLost(TentacleError):
-    """The connection is gone, or was never made: dial again. A request that was written may have run."""
+    """The connection is gone, or was never made: dial again. A request that was written may have
+    run.
+    """
 
 
 class UntrustedThumbprint(TentacleError):
-    """One side does not trust the other's certificate: dialling again does not help, pinning does."""
+    """One side does not trust the other's certificate: dialling again does not help, pinning does.
+    """
 
     def __init__(self, message: str, thumbprint: Optional[str] = None):
         super().__init__(message)
-        self.thumbprint = thumbprint    #: of the certificate that was not trusted, None when it was not seen
+        self.thumbprint = (
+            thumbprint  #: of the certificate that was not trusted, None when it was not seen
+        )
 
 
 class ProtocolError(TentacleError):
@@ -125,73 +169,80 @@ class ProtocolError(TentacleError):
 class ServiceError(TentacleError):
     """The other side took the call and answers with an error."""
 
-    def __init__(self, message: str, error_type: Optional[str] = None, details: Optional[str] = None):
+    def __init__(
+        self, message: str, error_type: Optional[str] = None, details: Optional[str] = None
+    ):
         super().__init__(message)
-        self.error_type = error_type    #: the `HalibutErrorType` of the answer, or None
-        self.details = details          #: the other side's long text, often a stack trace
+        self.error_type = error_type  #: the `HalibutErrorType` of the answer, or None
+        self.details = details  #: the other side's long text, often a stack trace
 
 
 class UsageError(TentacleError):
     """The command line, or a parameter, is wrong: mend it."""
+
     exit_code = 2
 
 
-# ---- 2. Timeouts and limits ----------------------------------------------------------------------------------
+# ---- 2. Timeouts and limits ----------------------------------------------------------------------
+
 
 class Limits(NamedTuple):
-    """Every timeout (seconds) and every bound on what a peer may make us hold, each with its reason."""
+    """Every timeout (seconds) and every bound on what a peer may make us hold, with its reason."""
 
     # -- time
-    handshake: float = 60.0             # TLS, MX and identification together: all of a stranger's time
-    connect: float = 60.0               # TCP connect of a dialler (wire notes 2)
-    progress: float = 60.0              # between two bytes of one message, either way (wire notes 2)
-    response: float = 300.0             # a caller's wait for the first byte of an answer (wire notes 2)
-    idle: float = 600.0                 # a listener's wait for NEXT: a client pools a connection for 9 minutes
-    pooled: float = 540.0               # what our own dispatcher pools it for
-    start_wait: float = 240.0           # longest wait inside StartScript: below the caller's `response`
-    cancel_grace: float = 2.0           # from SIGTERM to SIGKILL
-    stop: float = 5.0                   # a stopping listener's wait for its connections' threads
-    cancelled_script: float = 15.0      # a dispatcher's wait for the end of a script that it cancelled
-    reconnect_pause: float = 1.0        # between a dispatcher's attempts to ask again for a script's status
-    reconnect_attempts: int = 5         # (wire notes 2)
+    handshake: float = 60.0  # TLS, MX and identification together: all of a stranger's time
+    connect: float = 60.0  # TCP connect of a dialler (wire notes 2)
+    progress: float = 60.0  # between two bytes of one message, either way (wire notes 2)
+    response: float = 300.0  # a caller's wait for the first byte of an answer (wire notes 2)
+    idle: float = 600.0  # a listener's wait for NEXT: a client pools a connection for 9 minutes
+    pooled: float = 540.0  # what our own dispatcher pools it for
+    start_wait: float = 240.0  # longest wait inside StartScript: below the caller's `response`
+    cancel_grace: float = 2.0  # from SIGTERM to SIGKILL
+    stop: float = 5.0  # a stopping listener's wait for its connections' threads
+    cancelled_script: float = 15.0  # a wait for the end of a script that was cancelled
+    reconnect_pause: float = 1.0  # before a dispatcher asks again for a script's status,
+    reconnect_attempts: int = 5  # and how often it does (wire notes 2)
     # -- what arrives
-    greeting: int = 20000               # characters up to the blank line (wire notes 1)
-    control_line: int = 1000            # characters of a control line: the longest holds a subscription URI
-    request_bytes: int = 32 << 20       # of an inflated request: script bodies reach some MiB
-    request_elements: int = 200000      # of its BSON: a request has a few dozen, plus variables and files
-    response_bytes: int = 128 << 20     # the original sends the whole new log of a script in one answer,
-    response_elements: int = 4000000    # four elements a line: this takes a million lines
-    nesting: int = 32                   # documents within documents: the contracts need 6
-    data_streams: int = 1000            # of one message: each is a file of a script
-    spare_disk: int = 64 << 20          # bytes that a data stream must leave free on the disk
-    stream_in_memory: int = 64 << 10    # a data stream up to this size never touches the disk
+    greeting: int = 20000  # characters up to the blank line (wire notes 1)
+    control_line: int = 1000  # characters of a control line: the longest has a subscription's URI
+    request_bytes: int = 32 << 20  # of an inflated request: script bodies reach some MiB
+    request_elements: int = 200000  # of its BSON: a few dozen, plus variables and files
+    response_bytes: int = 128 << 20  # the original sends all new lines of a log in one answer,
+    response_elements: int = 4000000  # four elements a line: this takes a million lines
+    nesting: int = 32  # documents within documents: the contracts need 6
+    data_streams: int = 1000  # of one message: each is a file of a script
+    spare_disk: int = 64 << 20  # bytes that a data stream must leave free on the disk
+    stream_in_memory: int = 64 << 10  # a data stream up to this size never touches the disk
     # -- what we serve
-    connections: int = 1000             # of pinned peers at once: a thread each
-    strangers: int = 512                # connections that have not shaken hands; beyond it the oldest goes
-    thread_stack: int = 512 << 10       # bytes of address space for a connection's thread
-    log_line: int = 32 << 10            # bytes of one log entry: a line without end is cut into entries
-    log_answer_lines: int = 10000       # of one status answer; the client asks again for the rest
-    log_answer_bytes: int = 4 << 20
+    connections: int = 1000  # of pinned peers at once: a thread each
+    strangers: int = 512  # connections that have not shaken hands; beyond it the oldest goes
+    thread_stack: int = 512 << 10  # bytes of address space for a connection's thread
+    log_line: int = 32 << 10  # characters of one log entry: a line without end is cut
+    log_answer_lines: int = 10000  # of one status answer; the client asks again for the rest
+    log_answer_bytes: int = 4 << 20  # the same in bytes of the log
 
 
 LIMITS = Limits()
 
 
-# ---- 3. Logging and threads ----------------------------------------------------------------------------------
+# ---- 3. Logging and threads ----------------------------------------------------------------------
 
 logger = logging.getLogger('tentacle')
 wire_logger = logging.getLogger('tentacle.wire')
 
 
 def printable(text: Any, limit: int = 300) -> str:
-    """A peer's text for a log or a terminal: one line, no control characters, at most `limit` characters."""
+    """A peer's text for a log or a terminal: one line, no control characters, at most `limit`
+    characters.
+    """
     text = str(text)
     shown = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
     return shown + '...' if len(text) > limit else shown
 
 
 class Secret(str):
-    """Text that must not be shown: `str()`, `repr()` and formatting give dots, `reveal()` the text."""
+    """Text that must not be shown: `str()`, `repr()` and formatting give dots, `reveal()` the text.
+    """
 
     def __repr__(self) -> str:
         return "'***'"
@@ -213,16 +264,19 @@ def start_thread(name: str, target: Callable[..., None], *args: Any) -> threadin
     return thread
 
 
-# ---- 4. Certificates and thumbprints -------------------------------------------------------------------------
-# A peer is the hash of its DER certificate. What we write ourselves is one certificate: RSA-2048, SHA-256,
-# self-signed. Layouts: X.690 (DER), RFC 5280 (certificate), RFC 8017 (RSA), RFC 7468 (PEM).
+# ---- 4. Certificates and thumbprints -------------------------------------------------------------
+# A peer is the hash of its DER certificate. What we write ourselves is one certificate: RSA-2048,
+# SHA-256, self-signed. Layouts: X.690 (DER), RFC 5280 (certificate), RFC 8017 (RSA), RFC 7468
+# (PEM).
 
 COMMON_NAME = 'Octopus Tentacle'
 RSA_BITS = 2048
 PUBLIC_EXPONENT = 65537
 CERTIFICATE_YEARS = 100
 
-_SHA256_DIGEST_INFO = bytes.fromhex('3031300d060960864801650304020105000420')   # RFC 8017, 9.2 note 1
+_SHA256_DIGEST_INFO = bytes.fromhex(
+    '3031300d060960864801650304020105000420'
+)  # RFC 8017, 9.2 note 1
 _OID_RSA = bytes.fromhex('06092a864886f70d010101')
 _OID_SHA256_RSA = bytes.fromhex('06092a864886f70d01010b')
 _OID_COMMON_NAME = bytes.fromhex('0603550403')
@@ -245,13 +299,16 @@ def thumbprint_of(certificate: bytes) -> str:
 def parse_thumbprint(text: str) -> str:
     """A thumbprint as people write it: 40 hex digits (SHA-1) or 64 (SHA-256), upper-case.
 
-    Colons, blanks and the invisible mark that Windows' certificate dialogue copies along are dropped.
-    Raises UsageError.
+    Colons, blanks and the invisible mark that Windows' certificate dialogue copies along are
+    dropped. Raises UsageError.
     """
     bare = re.sub('[\\s:\u200e\ufeff]', '', text).upper()
     if not re.match(r'(?:[0-9A-F]{40}|[0-9A-F]{64})\Z', bare):
-        raise UsageError('%s is not a thumbprint: 40 hex digits (SHA-1) or 64 (SHA-256) expected, %d characters came. '
-                         '`tentacle.py show-thumbprint` prints one' % (printable(text, 80) or "''", len(bare)))
+        raise UsageError(
+            '%s is not a thumbprint: 40 hex digits (SHA-1) or 64 (SHA-256) expected, '
+            '%d characters came. `tentacle.py show-thumbprint` prints one'
+            % (printable(text, 80) or "''", len(bare))
+        )
     return bare
 
 
@@ -259,7 +316,10 @@ def is_pinned(certificate: Optional[bytes], thumbprints: Iterable[str]) -> bool:
     """Whether a DER certificate is among the pinned ones, by SHA-1 or by SHA-256."""
     if not certificate:
         return False
-    return not {thumbprint_of(certificate), hashlib.sha256(certificate).hexdigest().upper()}.isdisjoint(thumbprints)
+    return not {
+        thumbprint_of(certificate),
+        hashlib.sha256(certificate).hexdigest().upper(),
+    }.isdisjoint(thumbprints)
 
 
 def _der(tag: int, *contents: bytes) -> bytes:
@@ -290,17 +350,18 @@ def _der_items(content: bytes) -> Iterator[Tuple[int, bytes]]:
         tag, size = struct.unpack_from('BB', content, position)
         position += 2
         if size & 0x80:
-            width = size & 0x7f
-            size = int.from_bytes(content[position:position + width], 'big')
+            width = size & 0x7F
+            size = int.from_bytes(content[position : position + width], 'big')
             position += width
         if position + size > len(content):
             raise ValueError('DER item of %d bytes runs over the end' % size)
-        yield tag, content[position:position + size]
+        yield tag, content[position : position + size]
         position += size
 
 
 class RsaKey(NamedTuple):
     """The numbers of a private key, in the order of PKCS #1 (RFC 8017, A.1.2)."""
+
     n: int
     e: int
     d: int
@@ -309,15 +370,24 @@ class RsaKey(NamedTuple):
 
     def to_der(self) -> bytes:
         """PKCS #1 RSAPrivateKey."""
-        numbers = (0, self.n, self.e, self.d, self.p, self.q, self.d % (self.p - 1), self.d % (self.q - 1),
-                   pow(self.q, self.p - 2, self.p))
+        numbers = (
+            0,
+            self.n,
+            self.e,
+            self.d,
+            self.p,
+            self.q,
+            self.d % (self.p - 1),
+            self.d % (self.q - 1),
+            pow(self.q, self.p - 2, self.p),
+        )
         return _der(_SEQUENCE, *map(_der_integer, numbers))
 
     @classmethod
     def from_der(cls, der: bytes) -> 'RsaKey':
         """From PKCS #1, or PKCS #8 around it. Raises ValueError, struct.error or StopIteration."""
         items = list(_der_items(next(_der_items(der))[1]))
-        if items[1][0] == _SEQUENCE:                                 # PKCS #8: version, algorithm, the key
+        if items[1][0] == _SEQUENCE:  # PKCS #8: version, algorithm, the key
             return cls.from_der(items[2][1])
         return cls(*(int.from_bytes(content, 'big') for _, content in items[1:6]))
 
@@ -329,11 +399,12 @@ class RsaKey(NamedTuple):
         return pow(int.from_bytes(padded, 'big'), self.d, self.n).to_bytes(size, 'big')
 
 
-_SMALL_PRIMES = [n for n in range(3, 2000, 2) if all(n % d for d in range(3, int(n ** 0.5) + 1, 2))]
+_SMALL_PRIMES = [n for n in range(3, 2000, 2) if all(n % d for d in range(3, int(n**0.5) + 1, 2))]
 
 
 def _is_probable_prime(candidate: int, rounds: int = 24) -> bool:
-    """Miller-Rabin (FIPS 186-4, C.3.1): 24 random bases, where table C.2 asks for 4 of 1024 bits."""
+    """Miller-Rabin (FIPS 186-4, C.3.1): 24 random bases, where table C.2 asks for 4 of 1024 bits.
+    """
     if any(candidate % prime == 0 for prime in _SMALL_PRIMES):
         return False
     odd, twos = candidate - 1, 0
@@ -354,7 +425,9 @@ def _is_probable_prime(candidate: int, rounds: int = 24) -> bool:
 
 def _random_prime(bits: int) -> int:
     while True:
-        candidate = secrets.randbits(bits) | (3 << (bits - 2)) | 1   # two top bits: the product has all its bits
+        candidate = (
+            secrets.randbits(bits) | (3 << (bits - 2)) | 1
+        )  # two top bits: the product has all its bits
         if candidate % PUBLIC_EXPONENT != 1 and _is_probable_prime(candidate):
             return candidate
 
@@ -362,10 +435,11 @@ def _random_prime(bits: int) -> int:
 def generate_rsa_key_in_python() -> RsaKey:
     """A new RSA-2048 key without any program's help: about a second."""
     p = q = _random_prime(RSA_BITS // 2)
-    while abs(p - q) >> (RSA_BITS // 2 - 100) == 0:                  # FIPS 186-4, B.3.3: not too close
+    while abs(p - q) >> (RSA_BITS // 2 - 100) == 0:  # FIPS 186-4, B.3.3: not too close
         q = _random_prime(RSA_BITS // 2)
     totient = (p - 1) * (q - 1)
-    # The inverse of e: `totient * k + 1` is a multiple of e for k = -1/totient (mod e), and e is prime.
+    # The inverse of e: `totient * k + 1` is a multiple of e for k = -1/totient (mod e), and e is
+    # prime.
     k = -pow(totient, PUBLIC_EXPONENT - 2, PUBLIC_EXPONENT) % PUBLIC_EXPONENT
     return RsaKey(p * q, PUBLIC_EXPONENT, (totient * k + 1) // PUBLIC_EXPONENT, p, q)
 
@@ -376,8 +450,14 @@ def run_openssl(arguments: Sequence[str], stdin: bytes = b'') -> bytes:
     Raises FileNotFoundError where there is none, TentacleError with its last line where it fails.
     """
     import subprocess
-    done = subprocess.run(['openssl'] + list(arguments), input=stdin, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-                          timeout=120)
+
+    done = subprocess.run(
+        ['openssl'] + list(arguments),
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=120,
+    )
     if done.returncode != 0:
         said = done.stderr.decode(errors='replace').strip().splitlines() or ['no message']
         raise TentacleError('`openssl %s` failed: %s' % (arguments[0], printable(said[0])))
@@ -387,8 +467,19 @@ def run_openssl(arguments: Sequence[str], stdin: bytes = b'') -> bytes:
 def generate_rsa_key() -> RsaKey:
     """A new RSA-2048 key: by `openssl` (a tenth of a second), else in Python (about a second)."""
     try:
-        return RsaKey.from_der(run_openssl(['genpkey', '-algorithm', 'RSA', '-pkeyopt', 'rsa_keygen_bits:%d' % RSA_BITS,
-                                            '-outform', 'DER']))
+        return RsaKey.from_der(
+            run_openssl(
+                [
+                    'genpkey',
+                    '-algorithm',
+                    'RSA',
+                    '-pkeyopt',
+                    'rsa_keygen_bits:%d' % RSA_BITS,
+                    '-outform',
+                    'DER',
+                ]
+            )
+        )
     except FileNotFoundError:
         logger.info('There is no openssl program here: the key is made in Python')
     except (OSError, TentacleError, ValueError, IndexError, struct.error) as error:
@@ -397,32 +488,51 @@ def generate_rsa_key() -> RsaKey:
 
 
 def self_signed_certificate(key: RsaKey, common_name: str = COMMON_NAME) -> bytes:
-    """A DER certificate: version 3, random serial, valid from yesterday for 100 years (RFC 5280, 4.1)."""
+    """A DER certificate: version 3, random serial, valid from yesterday for 100 years (RFC 5280,
+    4.1).
+    """
     algorithm = _der(_SEQUENCE, _OID_SHA256_RSA, _DER_NULL)
-    name = _der(_SEQUENCE, _der(_SET, _der(_SEQUENCE, _OID_COMMON_NAME, _der(0x0c, common_name.encode()))))
+    name = _der(
+        _SEQUENCE, _der(_SET, _der(_SEQUENCE, _OID_COMMON_NAME, _der(0x0C, common_name.encode())))
+    )
     yesterday = time.time() - 86400
-    validity = _der(_SEQUENCE, _der_time(yesterday), _der_time(yesterday + CERTIFICATE_YEARS * 365.25 * 86400))
+    validity = _der(
+        _SEQUENCE, _der_time(yesterday), _der_time(yesterday + CERTIFICATE_YEARS * 365.25 * 86400)
+    )
     public_key = _der(_SEQUENCE, _der_integer(key.n), _der_integer(key.e))
-    public_key_info = _der(_SEQUENCE, _der(_SEQUENCE, _OID_RSA, _DER_NULL), _der(0x03, b'\0', public_key))
+    public_key_info = _der(
+        _SEQUENCE, _der(_SEQUENCE, _OID_RSA, _DER_NULL), _der(0x03, b'\0', public_key)
+    )
     serial = secrets.randbits(126) | 1 << 126
-    to_be_signed = _der(_SEQUENCE, _der(0xa0, _der_integer(2)), _der_integer(serial), algorithm, name, validity, name,
-                        public_key_info)
+    to_be_signed = _der(
+        _SEQUENCE,
+        _der(0xA0, _der_integer(2)),
+        _der_integer(serial),
+        algorithm,
+        name,
+        validity,
+        name,
+        public_key_info,
+    )
     return _der(_SEQUENCE, to_be_signed, algorithm, _der(0x03, b'\0', key.sign(to_be_signed)))
 
 
 def pem(label: str, der: bytes) -> str:
     text = base64.b64encode(der).decode()
-    lines = [text[i:i + 64] for i in range(0, len(text), 64)]
+    lines = [text[i : i + 64] for i in range(0, len(text), 64)]
     return '-----BEGIN %s-----\n%s\n-----END %s-----\n' % (label, '\n'.join(lines), label)
 
 
 def write_private(path: str, data: bytes) -> None:
-    """Replace a file as a whole, readable by its owner alone; its folder is made (0700) where missing.
+    """Replace a file as a whole, readable by its owner alone; its folder is made (0700) where
+    missing.
 
     Raises TentacleError that names the path and the remedy.
     """
     folder = os.path.dirname(path)
-    temporary = os.path.join(folder, '.%s.%d.%s' % (os.path.basename(path), os.getpid(), secrets.token_hex(4)))
+    temporary = os.path.join(
+        folder, '.%s.%d.%s' % (os.path.basename(path), os.getpid(), secrets.token_hex(4))
+    )
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
@@ -436,14 +546,17 @@ def write_private(path: str, data: bytes) -> None:
             os.unlink(temporary)
             raise
     except OSError as error:
-        raise TentacleError('%s can not be written: %s. Choose a folder that this user may write, with --home DIR '
-                            'or $TENTACLE_HOME' % (path, error.strerror or error))
+        raise TentacleError(
+            '%s can not be written: %s. Choose a folder that this user may write, with --home DIR '
+            'or $TENTACLE_HOME' % (path, error.strerror or error)
+        )
 
 
 class Identity(NamedTuple):
     """Our own certificate and where its PEM file (certificate and private key) is."""
+
     path: str
-    certificate: bytes                  # DER
+    certificate: bytes  # DER
 
     @property
     def thumbprint(self) -> str:
@@ -458,15 +571,19 @@ def first_certificate(pem_text: str) -> bytes:
     """The DER of the first certificate in a PEM text. Raises ValueError."""
     begin, end = '-----BEGIN CERTIFICATE-----', '-----END CERTIFICATE-----'
     start = pem_text.index(begin)
-    return ssl.PEM_cert_to_DER_cert(pem_text[start:pem_text.index(end, start) + len(end)])
+    return ssl.PEM_cert_to_DER_cert(pem_text[start : pem_text.index(end, start) + len(end)])
 
 
 def _refuse_passphrase() -> str:
-    raise TentacleError('its private key is encrypted; decrypt it first: openssl pkey -in FILE -out KEY.pem')
+    raise TentacleError(
+        'its private key is encrypted; decrypt it first: openssl pkey -in FILE -out KEY.pem'
+    )
 
 
 def load_identity(path: str) -> Identity:
-    """Read and check a PEM file with a certificate and its key. Raises TentacleError, FileNotFoundError."""
+    """Read and check a PEM file with a certificate and its key. Raises TentacleError,
+    FileNotFoundError.
+    """
     try:
         with open(path, encoding='latin-1') as file:
             certificate = first_certificate(file.read())
@@ -475,12 +592,18 @@ def load_identity(path: str) -> Identity:
     except FileNotFoundError:
         raise
     except (ValueError, ssl.SSLError, OSError, TentacleError) as error:
-        raise TentacleError('The certificate file %s can not be used: %s. Restore it, or make a new identity with '
-                            '`tentacle.py new-certificate` (the other sides must then trust its new thumbprint)'
-                            % (path, printable(error)))
+        raise TentacleError(
+            'The certificate file %s can not be used: %s. Restore it, or make a new identity with '
+            '`tentacle.py new-certificate` (the other sides must then trust its new thumbprint)'
+            % (path, printable(error))
+        )
     if stat.S_IMODE(mode) & 0o077:
-        logger.warning('The private key in %s is open to other users (mode %04o); close it: chmod 600 %s',
-                       path, stat.S_IMODE(mode), path)
+        logger.warning(
+            'The private key in %s is open to other users (mode %04o); close it: chmod 600 %s',
+            path,
+            stat.S_IMODE(mode),
+            path,
+        )
     return Identity(path, certificate)
 
 
@@ -488,23 +611,31 @@ def create_identity(path: str) -> Identity:
     """Make a new key and certificate and write them to a PEM file (0600)."""
     key = generate_rsa_key()
     certificate = self_signed_certificate(key)
-    write_private(path, (pem('RSA PRIVATE KEY', key.to_der()) + pem('CERTIFICATE', certificate)).encode())
+    write_private(
+        path, (pem('RSA PRIVATE KEY', key.to_der()) + pem('CERTIFICATE', certificate)).encode()
+    )
     return Identity(path, certificate)
 
 
 def convert_pfx(path: str, password: str) -> str:
-    """A PFX file's key and certificate as PEM text, through `openssl`; old ciphers by its legacy provider."""
+    """A PFX file's key and certificate as PEM text, through `openssl`; old ciphers by its legacy
+    provider.
+    """
     command = ['pkcs12', '-in', path, '-nodes', '-passin', 'stdin']
     attempts = [command, command + ['-legacy']]
     for attempt in attempts:
         try:
             return run_openssl(attempt, password.encode() + b'\n').decode('latin-1')
         except FileNotFoundError:
-            raise TentacleError('%s is a PFX file, and there is no openssl program here to read it. Convert it '
-                                'elsewhere: openssl pkcs12 -in FILE.pfx -nodes -out FILE.pem' % path)
+            raise TentacleError(
+                '%s is a PFX file, and there is no openssl program here to read it. Convert it '
+                'elsewhere: openssl pkcs12 -in FILE.pfx -nodes -out FILE.pem' % path
+            )
         except TentacleError as error:
             failure = error
-    raise TentacleError('%s can not be read (is it a PFX file, is the password right?): %s' % (path, failure))
+    raise TentacleError(
+        '%s can not be read (is it a PFX file, is the password right?): %s' % (path, failure)
+    )
 
 
 def import_identity(source: str, path: str, password: str = '') -> Identity:
@@ -517,8 +648,10 @@ def import_identity(source: str, path: str, password: str = '') -> Identity:
     text = content.decode('latin-1') if b'-----BEGIN ' in content else convert_pfx(source, password)
     blocks = re.findall(r'-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----', text, re.S)
     if 'CERTIFICATE' not in blocks or not any(block.endswith('PRIVATE KEY') for block in blocks):
-        raise TentacleError('%s needs a private key and its certificate, and has: %s'
-                            % (source, ', '.join(blocks) or 'neither'))
+        raise TentacleError(
+            '%s needs a private key and its certificate, and has: %s'
+            % (source, ', '.join(blocks) or 'neither')
+        )
     # Checked beside the real one, so that a bad file leaves the identity as it was.
     trial = path + '.import'
     write_private(trial, text.encode('latin-1'))
@@ -531,18 +664,26 @@ def import_identity(source: str, path: str, password: str = '') -> Identity:
     return load_identity(path)
 
 
-# ---- 5. Secure streams ---------------------------------------------------------------------------------------
+# ---- 5. Secure streams ---------------------------------------------------------------------------
 # TLS where no CA, name, date or purpose counts, but the thumbprint alone (wire notes 1 and 5).
 
-#: Forward-secret suites alone, CBC last (Windows Server 2012 R2 has no ECDHE-RSA with GCM); the level is for the
-#: 1024-bit and SHA-1 certificates of old installations that are still pinned in the field.
-CIPHERS = 'ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:ECDHE+AES256+SHA384:ECDHE+AES128+SHA256:@SECLEVEL=1'
+#: Forward-secret suites alone, CBC last (Windows Server 2012 R2 has no ECDHE-RSA with GCM); the
+#: level is for the 1024-bit and SHA-1 certificates of old installations that are still pinned in
+#: the field.
+CIPHERS = (
+    'ECDHE+AESGCM:ECDHE+CHACHA20:DHE+AESGCM:ECDHE+AES256+SHA384:ECDHE+AES128+SHA256:@SECLEVEL=1'
+)
 
-_VERIFY_FLAGS = (0x80000            # X509_V_FLAG_PARTIAL_CHAIN: the pinned certificate is the root
-                 | 0x200000         # X509_V_FLAG_NO_CHECK_TIME
-                 | 0x10)            # X509_V_FLAG_IGNORE_CRITICAL
-_OP_NO_RX_CERTIFICATE_COMPRESSION = 1 << 33      # OpenSSL 3.2 on: a compressed certificate passes the callback unseen
-#: Auxiliary data of OpenSSL's TRUSTED CERTIFICATE: good for client authentication, whatever it says of itself.
+_VERIFY_FLAGS = (
+    0x80000  # X509_V_FLAG_PARTIAL_CHAIN: the pinned certificate is the root
+    | 0x200000  # X509_V_FLAG_NO_CHECK_TIME
+    | 0x10
+)  # X509_V_FLAG_IGNORE_CRITICAL
+_OP_NO_RX_CERTIFICATE_COMPRESSION = (
+    1 << 33
+)  # OpenSSL 3.2 on: a compressed certificate passes the callback unseen
+#: Auxiliary data of OpenSSL's TRUSTED CERTIFICATE: good for client authentication, whatever it says
+#: of itself.
 _TRUSTED_FOR_CLIENT_AUTH = bytes.fromhex('300c300a06082b06010505070302')
 _CONTENT_HANDSHAKE, _MESSAGE_CERTIFICATE = 22, 11
 
@@ -556,13 +697,15 @@ def _tls_context(protocol: int, identity: Identity) -> ssl.SSLContext:
 
 
 def _certificate_of_message(body: bytes, version: int) -> Optional[bytes]:
-    """The first DER certificate in a TLS Certificate message with its 4-byte header (RFC 5246, 8446)."""
+    """The first DER certificate in a TLS Certificate message with its 4-byte header (RFC 5246,
+    8446).
+    """
     position = 4
     if version == ssl.TLSVersion.TLSv1_3:
-        position += 1 + body[position]                               # certificate_request_context
-    position += 3                                                    # length of the list
-    size = int.from_bytes(body[position:position + 3], 'big')
-    return bytes(body[position + 3:position + 3 + size]) or None
+        position += 1 + body[position]  # certificate_request_context
+    position += 3  # length of the list
+    size = int.from_bytes(body[position : position + 3], 'big')
+    return bytes(body[position + 3 : position + 3 + size]) or None
 
 
 def _add_to_store(context: ssl.SSLContext, certificate: bytes) -> None:
@@ -571,7 +714,7 @@ def _add_to_store(context: ssl.SSLContext, certificate: bytes) -> None:
     Only a file can carry the auxiliary data; a pipe is one that nobody else can see.
     """
     text = pem('TRUSTED CERTIFICATE', certificate + _TRUSTED_FOR_CLIENT_AUTH).encode()
-    if os.path.isdir('/dev/fd') and len(text) < 4096:                # what a pipe takes at once on any system
+    if os.path.isdir('/dev/fd') and len(text) < 4096:  # what a pipe takes at once on any system
         reader, writer = os.pipe()
         try:
             os.write(writer, text)
@@ -581,6 +724,7 @@ def _add_to_store(context: ssl.SSLContext, certificate: bytes) -> None:
             os.close(reader)
         return
     import tempfile
+
     with tempfile.NamedTemporaryFile() as file:
         file.write(text)
         file.flush()
@@ -594,8 +738,10 @@ class SecureStream:
     """
 
     def __init__(self, sock: ssl.SSLSocket, peer: str):
-        self.peer = peer                                             #: address for logs
-        self.certificate: Optional[bytes] = sock.getpeercert(binary_form=True)   #: DER, None: showed none
+        self.peer = peer  #: address for logs
+        self.certificate: Optional[bytes] = sock.getpeercert(
+            binary_form=True
+        )  #: DER, None: showed none
         self._sock = sock
         self._leftover = b''
         self._deadline: Optional[float] = None
@@ -629,7 +775,9 @@ class SecureStream:
         if isinstance(error, socket.timeout):
             return ConnectionLost('%s: its time is over, nothing more came or went' % self.peer)
         reason = getattr(error, 'reason', None) or error.strerror or str(error)
-        if 'ALERT' in reason and ('CERT' in reason or 'UNKNOWN_CA' in reason or 'ACCESS_DENIED' in reason):
+        if 'ALERT' in reason and (
+            'CERT' in reason or 'UNKNOWN_CA' in reason or 'ACCESS_DENIED' in reason
+        ):
             return UntrustedThumbprint('%s refuses our certificate' % self.peer)
         return ConnectionLost('%s: the connection broke (%s)' % (self.peer, printable(reason)))
 
@@ -641,14 +789,18 @@ class SecureStream:
         return self._receive(self._sock.recv, most)
 
     def read_into(self, view: memoryview) -> int:
-        """Fill the start of a buffer with what there is; how many bytes; raises ConnectionLost at the end."""
+        """Fill the start of a buffer with what there is; how many bytes; raises ConnectionLost at
+        the end.
+        """
         if self._leftover:
             some = self.read_some(len(view))
-            view[:len(some)] = some
+            view[: len(some)] = some
             return len(some)
         count = self._receive(self._sock.recv_into, view)
         if not count:
-            raise ConnectionLost('%s closed the connection in the middle of a data stream' % self.peer)
+            raise ConnectionLost(
+                '%s closed the connection in the middle of a data stream' % self.peer
+            )
         return count
 
     def read_exactly(self, count: int) -> bytes:
@@ -656,13 +808,16 @@ class SecureStream:
         while count:
             part = self.read_some(count)
             if not part:
-                raise ConnectionLost('%s closed the connection %d bytes too early' % (self.peer, count))
+                raise ConnectionLost(
+                    '%s closed the connection %d bytes too early' % (self.peer, count)
+                )
             parts.append(part)
             count -= len(part)
         return b''.join(parts)
 
     def read_until(self, ends: Callable[[bytes], int], limit: int) -> Optional[bytes]:
-        """Bytes up to the position that `ends(bytes so far)` finds (0: not yet); the rest stays unread.
+        """Bytes up to the position that `ends(bytes so far)` finds (0: not yet); the rest stays
+        unread.
 
         None when the stream ends before. Raises ProtocolError over `limit` bytes.
         """
@@ -677,7 +832,9 @@ class SecureStream:
                 self.unread(held[end:])
                 return held[:end]
             if len(held) > limit:
-                raise ProtocolError('%s sent more than %d characters where a line was expected' % (self.peer, limit))
+                raise ProtocolError(
+                    '%s sent more than %d characters where a line was expected' % (self.peer, limit)
+                )
 
     def read_line(self, limit: int) -> Optional[str]:
         """A line ended by CR LF, without its end; None at the end of the stream (wire notes 1)."""
@@ -704,21 +861,25 @@ class SecureStream:
             self._sock.settimeout(0)
             self._sock.unwrap()
         except (OSError, ValueError):
-            pass                                                     # the peer's goodbye has not come: no matter
+            pass  # the peer's goodbye has not come: no matter
         self._sock.close()
 
 
 class PinningAcceptor:
-    """The accepting side's TLS: lets through pinned peers, and peers that show no certificate at all.
+    """The accepting side's TLS: lets through pinned peers, and peers that show no certificate at
+    all.
 
-    `ssl` has no verify callback; its message callback sees the peer's certificate before OpenSSL judges it,
-    and puts it into the context's store if, and only if, it is pinned. Any thread may call.
+    `ssl` has no verify callback; its message callback sees the peer's certificate before OpenSSL
+    judges it, and puts it into the context's store if, and only if, it is pinned. Any thread may
+    call.
     """
 
     def __init__(self, identity: Identity, trusted: Callable[[], FrozenSet[str]]):
         if not hasattr(ssl.SSLContext, '_msg_callback'):
-            raise TentacleError('The ssl module of this Python (%s) can not show us a peer\'s certificate; '
-                                'CPython 3.8 or later is needed to listen' % sys.version.split()[0])
+            raise TentacleError(
+                'The ssl module of this Python (%s) can not show us a peer\'s certificate; '
+                'CPython 3.8 or later is needed to listen' % sys.version.split()[0]
+            )
         self._identity = identity
         self._trusted = trusted
         self._lock = threading.Lock()
@@ -735,7 +896,9 @@ class PinningAcceptor:
         if ssl.OPENSSL_VERSION_INFO >= (3, 2):
             context.options |= _OP_NO_RX_CERTIFICATE_COMPRESSION
 
-        def see(connection: Any, direction: str, version: int, content: int, kind: int, body: bytes) -> None:
+        def see(
+            connection: Any, direction: str, version: int, content: int, kind: int, body: bytes
+        ) -> None:
             if direction != 'read' or content != _CONTENT_HANDSHAKE or kind != _MESSAGE_CERTIFICATE:
                 return
             certificate = _certificate_of_message(body, version)
@@ -748,7 +911,9 @@ class PinningAcceptor:
         return context
 
     def _current_context(self, trusted: FrozenSet[str]) -> ssl.SSLContext:
-        """A store never forgets: when trust was taken away, a new context takes the place of the old."""
+        """A store never forgets: when trust was taken away, a new context takes the place of the
+        old.
+        """
         with self._lock:
             if self._context_trusts - trusted:
                 self._context = self._new_context()
@@ -757,7 +922,9 @@ class PinningAcceptor:
 
     def wrap(self, sock: socket.socket) -> ssl.SSLSocket:
         """The socket as a TLS one that has not shaken hands; no I/O."""
-        return self._current_context(self._trusted()).wrap_socket(sock, server_side=True, do_handshake_on_connect=False)
+        return self._current_context(self._trusted()).wrap_socket(
+            sock, server_side=True, do_handshake_on_connect=False
+        )
 
     def handshake(self, sock: ssl.SSLSocket, peer: str, timeout: float) -> SecureStream:
         """Shake hands within `timeout` seconds.
@@ -774,40 +941,50 @@ class PinningAcceptor:
                 raise UntrustedThumbprint('the thumbprint %s is not trusted' % seen, seen)
             if isinstance(error, socket.timeout):
                 raise ConnectionLost('no TLS handshake within %g s' % timeout)
-            raise ConnectionLost('the TLS handshake failed (%s)' % printable(getattr(error, 'reason', None) or error))
+            raise ConnectionLost(
+                'the TLS handshake failed (%s)' % printable(getattr(error, 'reason', None) or error)
+            )
         # The decision is made here; the callback only helped a pinned certificate through OpenSSL.
         if stream.certificate and not is_pinned(stream.certificate, self._trusted()):
-            raise UntrustedThumbprint('the thumbprint %s is not trusted' % stream.thumbprint, stream.thumbprint)
+            raise UntrustedThumbprint(
+                'the thumbprint %s is not trusted' % stream.thumbprint, stream.thumbprint
+            )
         return stream
 
 
-# ---- 6. Proxies and dialling ---------------------------------------------------------------------------------
+# ---- 6. Proxies and dialling ---------------------------------------------------------------------
 
 LISTENING_PORT = 10933
 
 
 class ServiceEndPoint(NamedTuple):
     """Where a tentacle is, and the thumbprint it must show (None: not pinned, so never called)."""
-    uri: str                            # https://host:port/
+
+    uri: str  # https://host:port/
     thumbprint: Optional[str] = None
 
     @property
     def address(self) -> Tuple[str, int]:
         """(host, port) of the URI."""
-        host, _, port = self.uri[len('https://'):].rstrip('/').rpartition(':')
+        host, _, port = self.uri[len('https://') :].rstrip('/').rpartition(':')
         return host.strip('[]'), int(port)
 
 
 def parse_target_uri(text: str) -> str:
-    """`host`, `host:port`, `[v6]:port`, a bare IPv6 address or an https URL as `https://host:port/`.
+    """`host`, `host:port`, `[v6]:port`, a bare IPv6 address or an https URL as
+    `https://host:port/`.
 
     Raises UsageError.
     """
-    match = re.match(r'(?:https://)?(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s/:@\[\]]+))(?::(\d{1,5}))?/?\Z', text)
+    match = re.match(
+        r'(?:https://)?(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s/:@\[\]]+))(?::(\d{1,5}))?/?\Z', text
+    )
     if not match and re.match(r'[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\Z', text):
         return 'https://[%s]:%d/' % (text.lower(), LISTENING_PORT)
     if not match or not 0 < int(match.group(3) or LISTENING_PORT) < 65536:
-        raise UsageError('%s is not a target: HOST, HOST:PORT or https://HOST:PORT/ expected' % printable(text))
+        raise UsageError(
+            '%s is not a target: HOST, HOST:PORT or https://HOST:PORT/ expected' % printable(text)
+        )
     host = '[%s]' % match.group(1).lower() if match.group(1) else match.group(2).lower()
     return 'https://%s:%s/' % (host, match.group(3) or LISTENING_PORT)
 
@@ -826,14 +1003,18 @@ def dial_tls(uri: str, identity: Identity, limits: Limits = LIMITS) -> SecureStr
     Raises ConnectionLost with the plain reason, UntrustedThumbprint when the peer refuses ours.
     """
     host, port = ServiceEndPoint(uri).address
-    peer = uri[len('https://'):].rstrip('/')
+    peer = uri[len('https://') :].rstrip('/')
     try:
         sock = socket.create_connection((host, port), limits.connect)
     except (socket.gaierror, UnicodeError) as error:
-        raise ConnectionLost('%s does not resolve: %s. Check the name' % (host, getattr(error, 'strerror', error)))
+        raise ConnectionLost(
+            '%s does not resolve: %s. Check the name' % (host, getattr(error, 'strerror', error))
+        )
     except socket.timeout:
-        raise ConnectionLost('%s does not answer within %g s: is the host up, is a firewall in between?'
-                             % (peer, limits.connect))
+        raise ConnectionLost(
+            '%s does not answer within %g s: is the host up, is a firewall in between?'
+            % (peer, limits.connect)
+        )
     except ConnectionRefusedError:
         raise ConnectionLost('%s refuses connections: is a tentacle listening on that port?' % peer)
     except OSError as error:
@@ -849,9 +1030,13 @@ def dial_tls(uri: str, identity: Identity, limits: Limits = LIMITS) -> SecureStr
         sock.close()
         reason = getattr(error, 'reason', None) or error.strerror or str(error)
         if isinstance(error, socket.timeout):
-            raise ConnectionLost('%s accepts connections, but no TLS handshake came within %g s: is it a tentacle?'
-                                 % (peer, limits.handshake))
-        raise ConnectionLost('%s does not speak the TLS we need (%s): is it a tentacle?' % (peer, printable(reason)))
+            raise ConnectionLost(
+                '%s accepts connections, but no TLS handshake came within %g s: is it a tentacle?'
+                % (peer, limits.handshake)
+            )
+        raise ConnectionLost(
+            '%s does not speak the TLS we need (%s): is it a tentacle?' % (peer, printable(reason))
+        )
 
 
 def connect(endpoint: ServiceEndPoint, identity: Identity, limits: Limits = LIMITS) -> SecureStream:
@@ -864,27 +1049,33 @@ def connect(endpoint: ServiceEndPoint, identity: Identity, limits: Limits = LIMI
         return stream
     stream.close()
     raise UntrustedThumbprint(
-        'THE IDENTITY OF %s IS NOT THE PINNED ONE: expected thumbprint %s, it shows %s. Either its certificate was '
-        'replaced, or something in between (a proxy, a load balancer, an attacker) answers in its place. Find out '
-        'which; if the new one is right: tentacle.py trust %s'
-        % (stream.peer, endpoint.thumbprint, stream.thumbprint, stream.peer), stream.thumbprint)
+        'THE IDENTITY OF %s IS NOT THE PINNED ONE: expected thumbprint %s, it shows %s. Either its '
+        'certificate was replaced, or something in between (a proxy, a load balancer, an attacker) '
+        'answers in its place. Find out which; if the new one is right: tentacle.py trust %s'
+        % (stream.peer, endpoint.thumbprint, stream.thumbprint, stream.peer),
+        stream.thumbprint,
+    )
 
 
-# ---- 7. BSON -------------------------------------------------------------------------------------------------
+# ---- 7. BSON -------------------------------------------------------------------------------------
 # As Json.NET writes it (wire notes 3; bsonspec.org 1.1): pure bytes <-> values.
 #
 #     document  int32 size of all of it, elements, 0x00
 #     element   type byte, name, 0x00, value
 #
-#     1 double   2 string   3 document   4 array   5 binary   8 boolean   9 UTC date   10 null   16 int32   18 int64
+#     types     1 double  2 string  3 document  4 array  5 binary  8 boolean  9 UTC date
+#               10 null  16 int32  18 int64
+
 
 class Int64(int):
     """An int that is written with 64 bits; a plain int is written with 32."""
+
     __slots__ = ()
 
 
 class UtcDate(int):
     """Milliseconds since 1970 in UTC."""
+
     __slots__ = ()
 
 
@@ -895,39 +1086,38 @@ _BINARY_HEAD = struct.Struct('<iB')
 _UUID_SUBTYPES = (3, 4)
 
 
-def _encode_value(value: Any, name: bytes, out: List[bytes]) -> None:
-    if value is None:
-        out.append(b'\x0a' + name)
-    elif isinstance(value, str):
-        text = value.encode('utf-8', 'replace')
-        out.append(b'\x02' + name + _INT32.pack(len(text) + 1) + text + b'\0')
-    elif isinstance(value, bool):
-        out.append(b'\x08' + name + (b'\1' if value else b'\0'))
-    elif isinstance(value, UtcDate):
-        out.append(b'\x09' + name + _INT64.pack(value))
-    elif isinstance(value, Int64):
-        out.append(b'\x12' + name + _INT64.pack(value))
-    elif isinstance(value, int):
-        out.append(b'\x10' + name + _INT32.pack(value))
-    elif isinstance(value, dict):
-        out.append(b'\x03' + name + encode_bson(value))
-    elif isinstance(value, (list, tuple)):
-        out.append(b'\x04' + name + encode_bson({str(i): item for i, item in enumerate(value)}))
-    elif isinstance(value, uuid.UUID):
-        out.append(b'\x05' + name + _BINARY_HEAD.pack(16, 4) + value.bytes_le)
-    elif isinstance(value, bytes):
-        out.append(b'\x05' + name + _BINARY_HEAD.pack(len(value), 0) + value)
-    elif isinstance(value, float):
-        out.append(b'\x01' + name + _DOUBLE.pack(value))
-    else:
-        raise TypeError('BSON has no place for a %s' % type(value).__name__)
-
-
 def encode_bson(document: Dict[str, Any]) -> bytes:
-    """A document as bytes. Values: None, bool, int (32 bits), Int64, float, str, bytes, UUID, UtcDate, dict, list."""
+    """A document as bytes. Values: None, bool, int (32 bits), Int64, float, str, bytes, UUID,
+    UtcDate, dict, list.
+    """
     out: List[bytes] = []
     for key, value in document.items():
-        _encode_value(value, key.encode() + b'\0', out)
+        name = key.encode() + b'\0'
+        if value is None:
+            out.append(b'\x0a' + name)
+        elif isinstance(value, str):
+            text = value.encode('utf-8', 'replace')
+            out.append(b'\x02' + name + _INT32.pack(len(text) + 1) + text + b'\0')
+        elif isinstance(value, bool):
+            out.append(b'\x08' + name + (b'\1' if value else b'\0'))
+        elif isinstance(value, UtcDate):
+            out.append(b'\x09' + name + _INT64.pack(value))
+        elif isinstance(value, Int64):
+            out.append(b'\x12' + name + _INT64.pack(value))
+        elif isinstance(value, int):
+            out.append(b'\x10' + name + _INT32.pack(value))
+        elif isinstance(value, dict):
+            out.append(b'\x03' + name + encode_bson(value))
+        elif isinstance(value, list):
+            out.append(b'\x04' + name + encode_bson({str(i): item for i, item in enumerate(value)}))
+        elif isinstance(value, uuid.UUID):
+            out.append(b'\x05' + name + _BINARY_HEAD.pack(16, 4) + value.bytes_le)
+        elif isinstance(value, bytes):
+            out.append(b'\x05' + name + _BINARY_HEAD.pack(len(value), 0) + value)
+        elif isinstance(value, float):
+            out.append(b'\x01' + name + _DOUBLE.pack(value))
+        else:
+            raise TypeError('BSON has no place for a %s' % type(value).__name__)
     body = b''.join(out)
     return _INT32.pack(len(body) + 5) + body + b'\0'
 
@@ -942,14 +1132,16 @@ class _BsonReader:
 
     def _take(self, start: int, size: int, end: int) -> bytes:
         if size < 0 or start + size > end:
-            raise ProtocolError('BSON: a value of %d bytes runs over the end of its document' % size)
-        return self._data[start:start + size]
+            raise ProtocolError(
+                'BSON: a value of %d bytes runs over the end of its document' % size
+            )
+        return self._data[start : start + size]
 
     def _value(self, kind: int, at: int, end: int, depth: int) -> Tuple[Any, int]:
         """(value, position after it)"""
         data = self._data
         if kind == 2:
-            size, = _INT32.unpack_from(data, at)
+            (size,) = _INT32.unpack_from(data, at)
             text = self._take(at + 4, size, end)
             if text[-1:] != b'\0':
                 raise ProtocolError('BSON: a string is not ended by a zero')
@@ -977,13 +1169,16 @@ class _BsonReader:
         raise ProtocolError('BSON: the type %d is none that Halibut uses' % kind)
 
     def document(self, at: int, limit: int, depth: int, array: bool) -> Tuple[Any, int]:
-        """(dict or list, position after it) of the document at a position that must end by `limit`."""
+        """(dict or list, position after it) of the document at a position that must end by `limit`.
+        """
         if depth > self._nesting:
             raise ProtocolError('BSON: more than %d documents within each other' % self._nesting)
         data = self._data
-        size, = _INT32.unpack_from(data, at)
+        (size,) = _INT32.unpack_from(data, at)
         if size < 5 or at + size > limit:
-            raise ProtocolError('BSON: a document says that it has %d bytes, and there are %d' % (size, limit - at))
+            raise ProtocolError(
+                'BSON: a document says that it has %d bytes, and there are %d' % (size, limit - at)
+            )
         end = at + size - 1
         at += 4
         keys: List[str] = []
@@ -992,7 +1187,7 @@ class _BsonReader:
             kind = data[at]
             zero = data.index(b'\0', at + 1, end)
             if not array:
-                keys.append(data[at + 1:zero].decode())
+                keys.append(data[at + 1 : zero].decode())
             value, at = self._value(kind, zero + 1, end, depth)
             values.append(value)
             self._elements -= 1
@@ -1003,8 +1198,11 @@ class _BsonReader:
         return (values if array else dict(zip(keys, values))), end + 1
 
 
-def decode_bson(data: bytes, elements: int = LIMITS.response_elements, nesting: int = LIMITS.nesting) -> Dict[str, Any]:
-    """The one document that the bytes are: dict, list, str, int, float, bool, None, UtcDate, UUID, bytes.
+def decode_bson(
+    data: bytes, elements: int = LIMITS.response_elements, nesting: int = LIMITS.nesting
+) -> Dict[str, Any]:
+    """The one document that the bytes are: dict, list, str, int, float, bool, None, UtcDate, UUID,
+    bytes.
 
     Raises ProtocolError for anything else, and over the budget of elements or nesting.
     """
@@ -1017,17 +1215,24 @@ def decode_bson(data: bytes, elements: int = LIMITS.response_elements, nesting: 
     return document
 
 
-# ---- 8. Messages ---------------------------------------------------------------------------------------------
-# Requests, responses, errors, data streams, and the contracts of the tentacle's services (wire notes 3 and 4).
-# A contract is a class with a table of its members; `kinds` say how a member looks on the wire.
+# ---- 8. Messages ---------------------------------------------------------------------------------
+# Requests, responses, errors, data streams, and the contracts of the tentacle's services (wire
+# notes 3 and 4). A contract is a class with a table of its members; `kinds` say how a member looks
+# on the wire.
+
 
 class DataStream:
-    """A file on its way: `length` bytes that `open()` gives, beside the message, never inside it."""
+    """A file on its way: `length` bytes that `open()` gives, beside the message, never inside it.
+    """
 
     wire_type = 'Halibut.DataStream, Halibut'
 
-    def __init__(self, length: int, open_source: Optional[Callable[[], BinaryIO]] = None,
-                 stream_id: Optional[uuid.UUID] = None):
+    def __init__(
+        self,
+        length: int,
+        open_source: Optional[Callable[[], BinaryIO]] = None,
+        stream_id: Optional[uuid.UUID] = None,
+    ):
         self.id = stream_id or uuid.uuid4()
         self.length = length
         self._open = open_source
@@ -1035,7 +1240,9 @@ class DataStream:
     def open(self) -> BinaryIO:
         """A binary file at the first byte; the caller closes it."""
         if self._open is None:
-            raise ProtocolError('the bytes of a data stream were asked for before they were received')
+            raise ProtocolError(
+                'the bytes of a data stream were asked for before they were received'
+            )
         return self._open()
 
     def received(self, open_source: Callable[[], BinaryIO]) -> None:
@@ -1043,15 +1250,41 @@ class DataStream:
         self._open = open_source
 
 
+#: `$type` -> class, for all that may stand in a place typed as object. Filled by `contract`.
+CONTRACTS: Dict[str, type] = {DataStream.wire_type: DataStream}
+
+_LEGACY = 'Octopus.Shared.Contracts.%s, Octopus.Shared'
+_CURRENT = 'Octopus.Tentacle.Contracts.%s, Octopus.Tentacle.Contracts'
+
+
+def contract(wire_name: str) -> Callable[[type], type]:
+    """Register a contract under its name on the wire; an older one is also read under its current
+    name.
+    """
+
+    def register(cls: type) -> type:
+        cls.wire_type = wire_name  # type: ignore[attr-defined]
+        CONTRACTS[wire_name] = cls
+        if wire_name == _LEGACY % cls.__name__:
+            CONTRACTS[_CURRENT % cls.__name__] = cls
+        return cls
+
+    return register
+
+
 def _plain_type(name: Any) -> str:
-    """`Namespace.Type, Assembly` of a type name that may go on with version, culture and key token."""
+    """`Namespace.Type, Assembly` of a type name that may go on with version, culture and key token.
+    """
     if not isinstance(name, str):
         raise ProtocolError('a $type must be a string')
     return ', '.join(part.strip() for part in name.split(',')[:2])
 
 
 class Kind:
-    """How a member looks on the wire. `read` takes what BSON gave and raises ValueError for what does not fit."""
+    """How a member looks on the wire. `read` takes what BSON gave and raises ValueError for what
+    does not fit.
+    """
+
     default: Any = None
 
     def read(self, value: Any, streams: List[DataStream]) -> Any:
@@ -1070,6 +1303,7 @@ class Text(Kind):
 
 class Whole(Kind):
     """int32, int64, or a double with an integral value."""
+
     default = 0
 
     def __init__(self, wide: bool = False):
@@ -1088,6 +1322,7 @@ class Whole(Kind):
 
 class Choice(Kind):
     """An enum: its number, or its name."""
+
     default = 0
 
     def __init__(self, *names: str):
@@ -1104,6 +1339,7 @@ class Choice(Kind):
 
 class Span(Kind):
     """A .NET TimeSpan, `[-][d.]hh:mm:ss[.fffffff]`, as seconds."""
+
     _pattern = re.compile(r'(-?)(?:(\d{1,8})\.)?(\d{1,2}):(\d{1,2}):(\d{1,2})(?:\.(\d{1,7}))?\Z')
 
     def read(self, value: Any, streams: List[DataStream]) -> Optional[float]:
@@ -1120,17 +1356,26 @@ class Span(Kind):
         if value is None:
             return None
         ticks = round(abs(value) * 1e7)
-        seconds, ticks = divmod(ticks, 10 ** 7)
+        seconds, ticks = divmod(ticks, 10**7)
         days, seconds = divmod(seconds, 86400)
         text = '%02d:%02d:%02d' % (seconds // 3600, seconds // 60 % 60, seconds % 60)
-        return '%s%s%s%s' % ('-' if value < 0 else '', '%d.' % days if days else '', text,
-                             '.%07d' % ticks if ticks else '')
+        return '%s%s%s%s' % (
+            '-' if value < 0 else '',
+            '%d.' % days if days else '',
+            text,
+            '.%07d' % ticks if ticks else '',
+        )
 
 
 class Instant(Kind):
-    """A DateTimeOffset, as milliseconds since 1970: a UTC date, or an ISO 8601 text with its offset."""
+    """A DateTimeOffset, as milliseconds since 1970: a UTC date, or an ISO 8601 text with its
+    offset.
+    """
+
     default = 0
-    _pattern = re.compile(r'(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))\Z')
+    _pattern = re.compile(
+        r'(\d{4})-(\d\d)-(\d\d)T(\d\d):(\d\d):(\d\d)(?:\.(\d{1,9}))?(?:Z|([+-])(\d\d):(\d\d))\Z'
+    )
 
     def read(self, value: Any, streams: List[DataStream]) -> int:
         if isinstance(value, UtcDate):
@@ -1139,9 +1384,12 @@ class Instant(Kind):
         if not match:
             raise ValueError('a date')
         import calendar
+
         fields = [int(match.group(i)) for i in range(1, 7)]
         offset = int(match.group(9) or 0) * 3600 + int(match.group(10) or 0) * 60
-        seconds = calendar.timegm(tuple(fields) + (0, 0, 0)) - (-offset if match.group(8) == '-' else offset)
+        seconds = calendar.timegm(tuple(fields) + (0, 0, 0)) - (
+            -offset if match.group(8) == '-' else offset
+        )
         return seconds * 1000 + int((match.group(7) or '0').ljust(3, '0')[:3])
 
     def write(self, value: int, streams: List[DataStream]) -> UtcDate:
@@ -1153,7 +1401,7 @@ class ListOf(Kind):
         self._item = item
 
     @property
-    def default(self) -> List[Any]:     # type: ignore[override]
+    def default(self) -> List[Any]:  # type: ignore[override]
         return []
 
     def read(self, value: Any, streams: List[DataStream]) -> List[Any]:
@@ -1171,7 +1419,7 @@ class TextMap(Kind):
     """Names and texts: `Scripts`."""
 
     @property
-    def default(self) -> Dict[str, str]:     # type: ignore[override]
+    def default(self) -> Dict[str, str]:  # type: ignore[override]
         return {}
 
     def read(self, value: Any, streams: List[DataStream]) -> Dict[str, str]:
@@ -1188,15 +1436,24 @@ class Stream(Kind):
     def read(self, value: Any, streams: List[DataStream]) -> Optional[DataStream]:
         if value is None:
             return None
-        members = {key.lower(): item for key, item in value.items()} if isinstance(value, dict) else {}
+        members = (
+            {key.lower(): item for key, item in value.items()} if isinstance(value, dict) else {}
+        )
         stream_id, length = members.get('id'), members.get('length')
-        if not isinstance(stream_id, uuid.UUID) or isinstance(length, bool) or not isinstance(length, int) or length < 0:
+        if (
+            not isinstance(stream_id, uuid.UUID)
+            or isinstance(length, bool)
+            or not isinstance(length, int)
+            or length < 0
+        ):
             raise ValueError('a data stream with id and length')
         stream = DataStream(length, stream_id=stream_id)
         streams.append(stream)
         return stream
 
-    def write(self, value: Optional[DataStream], streams: List[DataStream]) -> Optional[Dict[str, Any]]:
+    def write(
+        self, value: Optional[DataStream], streams: List[DataStream]
+    ) -> Optional[Dict[str, Any]]:
         if value is None:
             return None
         streams.append(value)
@@ -1230,7 +1487,10 @@ class Contract:
         return cls(**values)
 
     def to_document(self, streams: List[DataStream]) -> Dict[str, Any]:
-        return {wire: kind.write(getattr(self, name), streams) for name, (wire, kind) in self.members.items()}
+        return {
+            wire: kind.write(getattr(self, name), streams)
+            for name, (wire, kind) in self.members.items()
+        }
 
 
 class Nested(Kind):
@@ -1246,28 +1506,10 @@ class Nested(Kind):
             raise ValueError('a document')
         if '$type' in value and CONTRACTS.get(_plain_type(value['$type'])) is not self._contract:
             raise ProtocolError('the type %s is outside the contracts' % printable(value['$type']))
-        return self._contract.from_document(value, streams)     # type: ignore[attr-defined]
+        return self._contract.from_document(value, streams)  # type: ignore[attr-defined]
 
     def write(self, value: Any, streams: List[DataStream]) -> Any:
         return None if value is None else value.to_document(streams)
-
-
-#: `$type` -> class, for all that may stand in a place typed as object. Filled by `contract`.
-CONTRACTS: Dict[str, type] = {DataStream.wire_type: DataStream}
-
-_LEGACY = 'Octopus.Shared.Contracts.%s, Octopus.Shared'
-_CURRENT = 'Octopus.Tentacle.Contracts.%s, Octopus.Tentacle.Contracts'
-
-
-def contract(wire_name: str) -> Callable[[type], type]:
-    """Register a contract. An older one (`%s` in its name pattern) is also read under its current name."""
-    def register(cls: type) -> type:
-        cls.wire_type = wire_name                                    # type: ignore[attr-defined]
-        CONTRACTS[wire_name] = cls
-        if wire_name == _LEGACY % cls.__name__:
-            CONTRACTS[_CURRENT % cls.__name__] = cls
-        return cls
-    return register
 
 
 _SCRIPT_V2 = 'Octopus.Tentacle.Contracts.ScriptServiceV2.%s, Octopus.Tentacle.Contracts'
@@ -1290,16 +1532,21 @@ class ScriptTicket(Contract):
 
 @contract(_LEGACY % 'ScriptFile')
 class ScriptFile(Contract):
-    members = {'name': ('Name', Text()),
-               'contents': ('Contents', Stream()),
-               'encryption_password': ('EncryptionPassword', Text())}
+    members = {
+        'name': ('Name', Text()),
+        'contents': ('Contents', Stream()),
+        'encryption_password': ('EncryptionPassword', Text()),
+    }
 
 
 class ProcessOutput(Contract):
     """One line of a script's log."""
-    members = {'source': ('Source', Choice('StdOut', 'StdErr', 'Debug')),
-               'occurred': ('Occurred', Instant()),
-               'text': ('Text', Text())}
+
+    members = {
+        'source': ('Source', Choice('StdOut', 'StdErr', 'Debug')),
+        'occurred': ('Occurred', Instant()),
+        'text': ('Text', Text()),
+    }
 
 
 _TICKET = Nested(ScriptTicket)
@@ -1309,28 +1556,32 @@ _STATE = Choice('Pending', 'Running', 'Complete')
 
 @contract(_SCRIPT_V2 % 'StartScriptCommandV2')
 class StartScriptCommandV2(Contract):
-    members = {'ticket': ('ScriptTicket', _TICKET),
-               'script_body': ('ScriptBody', Text()),
-               'task_id': ('TaskId', Text()),
-               'duration_to_wait': ('DurationToWaitForScriptToFinish', Span()),
-               'isolation': ('Isolation', _ISOLATION),
-               'mutex_timeout': ('ScriptIsolationMutexTimeout', Span()),
-               'mutex_name': ('IsolationMutexName', Text()),
-               'scripts': ('Scripts', TextMap()),
-               'files': ('Files', ListOf(Nested(ScriptFile))),
-               'arguments': ('Arguments', ListOf(Text()))}
+    members = {
+        'ticket': ('ScriptTicket', _TICKET),
+        'script_body': ('ScriptBody', Text()),
+        'task_id': ('TaskId', Text()),
+        'duration_to_wait': ('DurationToWaitForScriptToFinish', Span()),
+        'isolation': ('Isolation', _ISOLATION),
+        'mutex_timeout': ('ScriptIsolationMutexTimeout', Span()),
+        'mutex_name': ('IsolationMutexName', Text()),
+        'scripts': ('Scripts', TextMap()),
+        'files': ('Files', ListOf(Nested(ScriptFile))),
+        'arguments': ('Arguments', ListOf(Text())),
+    }
 
 
 @contract(_LEGACY % 'StartScriptCommand')
 class StartScriptCommand(Contract):
-    members = {'script_body': ('ScriptBody', Text()),
-               'isolation': ('Isolation', _ISOLATION),
-               'scripts': ('Scripts', TextMap()),
-               'files': ('Files', ListOf(Nested(ScriptFile))),
-               'arguments': ('Arguments', ListOf(Text())),
-               'task_id': ('TaskId', Text()),
-               'mutex_timeout': ('ScriptIsolationMutexTimeout', Span()),
-               'mutex_name': ('IsolationMutexName', Text())}
+    members = {
+        'script_body': ('ScriptBody', Text()),
+        'isolation': ('Isolation', _ISOLATION),
+        'scripts': ('Scripts', TextMap()),
+        'files': ('Files', ListOf(Nested(ScriptFile))),
+        'arguments': ('Arguments', ListOf(Text())),
+        'task_id': ('TaskId', Text()),
+        'mutex_timeout': ('ScriptIsolationMutexTimeout', Span()),
+        'mutex_name': ('IsolationMutexName', Text()),
+    }
 
 
 class _AboutTicket(Contract):
@@ -1338,7 +1589,10 @@ class _AboutTicket(Contract):
 
 
 class _AboutTicketAndLog(Contract):
-    members = {'ticket': ('Ticket', _TICKET), 'last_log_sequence': ('LastLogSequence', Whole(wide=True))}
+    members = {
+        'ticket': ('Ticket', _TICKET),
+        'last_log_sequence': ('LastLogSequence', Whole(wide=True)),
+    }
 
 
 @contract(_SCRIPT_V2 % 'ScriptStatusRequestV2')
@@ -1372,11 +1626,13 @@ class CompleteScriptCommand(_AboutTicketAndLog):
 
 
 class _ScriptStatus(Contract):
-    members = {'ticket': ('Ticket', _TICKET),
-               'logs': ('Logs', ListOf(Nested(ProcessOutput))),
-               'next_log_sequence': ('NextLogSequence', Whole(wide=True)),
-               'state': ('State', _STATE),
-               'exit_code': ('ExitCode', Whole())}
+    members = {
+        'ticket': ('Ticket', _TICKET),
+        'logs': ('Logs', ListOf(Nested(ProcessOutput))),
+        'next_log_sequence': ('NextLogSequence', Whole(wide=True)),
+        'state': ('State', _STATE),
+        'exit_code': ('ExitCode', Whole()),
+    }
 
 
 @contract(_SCRIPT_V2 % 'ScriptStatusResponseV2')
@@ -1391,7 +1647,11 @@ class ScriptStatusResponse(_ScriptStatus):
 
 @contract(_LEGACY % 'UploadResult')
 class UploadResult(Contract):
-    members = {'full_path': ('FullPath', Text()), 'hash': ('Hash', Text()), 'length': ('Length', Whole(wide=True))}
+    members = {
+        'full_path': ('FullPath', Text()),
+        'hash': ('Hash', Text()),
+        'length': ('Length', Whole(wide=True)),
+    }
 
 
 def read_object(value: Any, streams: List[DataStream]) -> Any:
@@ -1409,7 +1669,7 @@ def read_object(value: Any, streams: List[DataStream]) -> Any:
             return Stream().read(value, streams)
         except ValueError as error:
             raise ProtocolError('a parameter must be %s' % error)
-    return cls.from_document(value, streams)                         # type: ignore[attr-defined]
+    return cls.from_document(value, streams)  # type: ignore[attr-defined]
 
 
 def write_object(value: Any, streams: List[DataStream]) -> Any:
@@ -1445,7 +1705,9 @@ class Response(NamedTuple):
 
 
 def _members_of(message: Any, type_name: str, what: str) -> Dict[str, Any]:
-    """A message's members by lower-case name; its `$type`, where there is one, must be the expected."""
+    """A message's members by lower-case name; its `$type`, where there is one, must be the
+    expected.
+    """
     if not isinstance(message, dict):
         raise ProtocolError('a %s was expected, %s came' % (what, type(message).__name__))
     if '$type' in message and _plain_type(message['$type']) != type_name:
@@ -1461,17 +1723,22 @@ def _text_member(members: Dict[str, Any], name: str, what: str) -> str:
 
 
 def request_from_message(message: Any) -> Tuple[Request, List[DataStream]]:
-    """(request, its data streams in the order they follow) of a decoded `Message`. Raises ProtocolError."""
+    """(request, its data streams in the order they follow) of a decoded `Message`. Raises
+    ProtocolError.
+    """
     members = _members_of(message, _REQUEST_TYPE, 'request')
     streams: List[DataStream] = []
     params = members.get('params')
     if not isinstance(params, (list, type(None))):
         raise ProtocolError('the params of a request must be an array')
     activity = members.get('activityid')
-    return Request(_text_member(members, 'id', 'request'), _text_member(members, 'service', 'request'),
-                   _text_member(members, 'method', 'request'),
-                   [read_object(value, streams) for value in params or []],
-                   activity if isinstance(activity, uuid.UUID) else None), streams
+    return Request(
+        _text_member(members, 'id', 'request'),
+        _text_member(members, 'service', 'request'),
+        _text_member(members, 'method', 'request'),
+        [read_object(value, streams) for value in params or []],
+        activity if isinstance(activity, uuid.UUID) else None,
+    ), streams
 
 
 def request_to_message(request: Request) -> Tuple[Dict[str, Any], List[DataStream]]:
@@ -1479,14 +1746,25 @@ def request_to_message(request: Request) -> Tuple[Dict[str, Any], List[DataStrea
     endpoint = request.endpoint or ServiceEndPoint('')
     streams: List[DataStream] = []
     return {
-        '$type': _REQUEST_TYPE, 'id': request.id, 'activityId': request.activity_id,
-        'endpoint': {'PollingRequestQueueTimeout': '00:02:00', 'RetryListeningSleepInterval': '00:00:01',
-                     'RetryCountLimit': 5, 'ConnectionErrorRetryTimeout': '00:05:00',
-                     'TcpClientConnectTimeout': '00:01:00', 'BaseUri': endpoint.uri,
-                     'RemoteThumbprint': endpoint.thumbprint, 'Proxy': None, 'ForceResolveHost': None,
-                     'IsWebSocketEndpoint': False},
-        'service': request.service, 'method': request.method,
-        'params': [write_object(value, streams) for value in request.params]}, streams
+        '$type': _REQUEST_TYPE,
+        'id': request.id,
+        'activityId': request.activity_id,
+        'endpoint': {
+            'PollingRequestQueueTimeout': '00:02:00',
+            'RetryListeningSleepInterval': '00:00:01',
+            'RetryCountLimit': 5,
+            'ConnectionErrorRetryTimeout': '00:05:00',
+            'TcpClientConnectTimeout': '00:01:00',
+            'BaseUri': endpoint.uri,
+            'RemoteThumbprint': endpoint.thumbprint,
+            'Proxy': None,
+            'ForceResolveHost': None,
+            'IsWebSocketEndpoint': False,
+        },
+        'service': request.service,
+        'method': request.method,
+        'params': [write_object(value, streams) for value in request.params],
+    }, streams
 
 
 def response_from_message(message: Any) -> Tuple[Response, List[DataStream]]:
@@ -1496,25 +1774,32 @@ def response_from_message(message: Any) -> Tuple[Response, List[DataStream]]:
     error = members.get('error')
     if isinstance(error, dict):
         said = {key.lower(): value for key, value in error.items() if isinstance(value, str)}
-        error = ServiceError(said.get('message', ''), said.get('halibuterrortype'),
-                             said.get('details'))
+        error = ServiceError(
+            said.get('message', ''), said.get('halibuterrortype'), said.get('details')
+        )
     elif error is not None:
         raise ProtocolError('the error of a response must be a document')
-    return Response(_text_member(members, 'id', 'response'), read_object(members.get('result'), streams), error), streams
+    return Response(
+        _text_member(members, 'id', 'response'), read_object(members.get('result'), streams), error
+    ), streams
 
 
 def response_to_message(response: Response) -> Tuple[Dict[str, Any], List[DataStream]]:
     streams: List[DataStream] = []
     error = response.error
     return {
-        '$type': _RESPONSE_TYPE, 'id': response.id,
-        'error': error and {'message': str(error), 'details': error.details, 'HalibutErrorType': error.error_type},
-        'result': write_object(response.result, streams)}, streams
+        '$type': _RESPONSE_TYPE,
+        'id': response.id,
+        'error': error
+        and {'message': str(error), 'details': error.details, 'HalibutErrorType': error.error_type},
+        'result': write_object(response.result, streams),
+    }, streams
 
 
-# ---- 9. Message serializer -----------------------------------------------------------------------------------
-# A message is a raw DEFLATE stream of the BSON document {"Message": M}; nothing says how long it is but its own
-# final block (wire notes 3). Any object with `read_some` and `unread` serves as the stream.
+# ---- 9. Message serializer -----------------------------------------------------------------------
+# A message is a raw DEFLATE stream of the BSON document {"Message": M}; nothing says how long it is
+# but its own final block (wire notes 3). Any object with `read_some` and `unread` serves as the
+# stream.
 
 _INFLATE_STEP = 1 << 18
 
@@ -1538,10 +1823,12 @@ class _Inflated:
         self._parts.append(part)
         self._size += len(part)
         if self._announced is None and self._size >= 4:
-            self._announced, = _INT32.unpack(b''.join(self._parts)[:4])
+            (self._announced,) = _INT32.unpack(b''.join(self._parts)[:4])
             if not 5 <= self._announced <= self._limit:
-                raise ProtocolError('a message says that it has %d bytes; between 5 and %d are taken'
-                                    % (self._announced, self._limit))
+                raise ProtocolError(
+                    'a message says that it has %d bytes; between 5 and %d are taken'
+                    % (self._announced, self._limit)
+                )
         if self._size > (self._announced or 4):
             raise ProtocolError('a message has more bytes than it says (%s)' % self._announced)
 
@@ -1549,9 +1836,11 @@ class _Inflated:
         return b''.join(self._parts)
 
 
-def read_document(stream: Any, max_bytes: int, max_elements: int, nesting: int = LIMITS.nesting
-                  ) -> Optional[Dict[str, Any]]:
-    """Read one message's document; what follows it stays in the stream. None: the stream ended before it.
+def read_document(
+    stream: Any, max_bytes: int, max_elements: int, nesting: int = LIMITS.nesting
+) -> Optional[Dict[str, Any]]:
+    """Read one message's document; what follows it stays in the stream. None: the stream ended
+    before it.
 
     Raises ProtocolError (not DEFLATE, not BSON, over a budget), ConnectionLost (ended within).
     """
@@ -1565,7 +1854,8 @@ def read_document(stream: Any, max_bytes: int, max_elements: int, nesting: int =
                 return None
             raise ConnectionLost('the connection ended in the middle of a message')
         taken += len(chunk)
-        # Empty blocks inflate to nothing for ever: what comes in is bounded as well as what comes out.
+        # Empty blocks inflate to nothing for ever: what comes in is bounded as well as what comes
+        # out.
         if taken > max_bytes + (1 << 16):
             raise ProtocolError('a message has more than %d bytes' % max_bytes)
         try:
@@ -1589,15 +1879,15 @@ def message_of(document: Dict[str, Any]) -> Any:
     raise ProtocolError('a document without Message came')
 
 
-# ---- 10. Identification and control messages -----------------------------------------------------------------
+# ---- 10. Identification and control messages -----------------------------------------------------
 
 GREETING = b'MX\n\n'
 CLIENT, SUBSCRIBER, SERVER = 'MX-CLIENT', 'MX-SUBSCRIBER', 'MX-SERVER'
 NEXT, PROCEED, END = 'NEXT', 'PROCEED', 'END'
 REQUEST, RESPONSE, KEEP_ALIVE = 'request', 'response', 'null request'
 
-#: What may come next, whoever sends it: state -> {event: state after it} (wire notes 1 and 2). Both ends of a
-#: connection walk through the same states, so one table serves every role.
+#: What may come next, whoever sends it: state -> {event: state after it} (wire notes 1 and 2). Both
+#: ends of a connection walk through the same states, so one table serves every role.
 LEGAL_EVENTS = {
     'connected': {CLIENT: 'client named', SUBSCRIBER: 'subscriber named'},
     'client named': {SERVER: 'client may call'},
@@ -1615,7 +1905,9 @@ LEGAL_EVENTS = {
 
 
 class Conversation:
-    """Where a connection's conversation stands; `advance` is called for each line and message, read or written."""
+    """Where a connection's conversation stands; `advance` is called for each line and message, read
+    or written.
+    """
 
     def __init__(self) -> None:
         self.state = 'connected'
@@ -1624,7 +1916,9 @@ class Conversation:
         """Raises ProtocolError that names what was expected and what came."""
         legal = LEGAL_EVENTS[self.state]
         if event not in legal:
-            raise ProtocolError('%s was expected, %s came' % (' or '.join(legal) or 'nothing', printable(event, 60)))
+            raise ProtocolError(
+                '%s was expected, %s came' % (' or '.join(legal) or 'nothing', printable(event, 60))
+            )
         self.state = legal[event]
 
 
@@ -1637,17 +1931,21 @@ def parse_identification(line: str) -> Tuple[str, str]:
     """(word, subscription or '') of an identification line; the version number is not checked."""
     parts = line.split(' ')
     if len(parts) < 2 or parts[0] not in (CLIENT, SUBSCRIBER, SERVER):
-        raise ProtocolError('an identification like MX-CLIENT 1.0 was expected, %s came' % printable(line, 60))
+        raise ProtocolError(
+            'an identification like MX-CLIENT 1.0 was expected, %s came' % printable(line, 60)
+        )
     return parts[0], ' '.join(parts[2:])
 
 
 def end_of_greeting(held: bytes) -> int:
-    """The length of a greeting up to and with its blank line (LF LF, CRs ignored), 0 when it is not whole."""
+    """The length of a greeting up to and with its blank line (LF LF, CRs ignored), 0 when it is not
+    whole.
+    """
     match = re.search(rb'\n\r*\n', held)
     return match.end() if match else 0
 
 
-# ---- 11. Message exchange ------------------------------------------------------------------------------------
+# ---- 11. Message exchange ------------------------------------------------------------------------
 
 _COPY_STEP = 1 << 20
 
@@ -1668,7 +1966,8 @@ def _open_again(file: BinaryIO) -> BinaryIO:
 class MessageExchange:
     """Requests and responses, with their data streams, over a stream whose peer is known.
 
-    Data streams that arrive lie in `spool`, a folder, without a name there. Used by one thread at a time.
+    Data streams that arrive lie in `spool`, a folder, without a name there. Used by one thread at a
+    time.
     """
 
     def __init__(self, stream: SecureStream, spool: Optional[str] = None, limits: Limits = LIMITS):
@@ -1695,7 +1994,9 @@ class MessageExchange:
     def _read_identification(self) -> Tuple[str, str]:
         line = self._read_control()
         if line is None or self.stream.read_line(self._limits.control_line) != '':
-            raise ConnectionLost('%s closed the connection instead of identifying itself' % self.stream.peer)
+            raise ConnectionLost(
+                '%s closed the connection instead of identifying itself' % self.stream.peer
+            )
         word, subscription = parse_identification(line)
         self._conversation.advance(word)
         return word, subscription
@@ -1717,7 +2018,9 @@ class MessageExchange:
             while left:
                 part = source.read(min(left, _COPY_STEP))
                 if not part:
-                    raise ConnectionLost('a file became shorter while it was sent: the connection is given up')
+                    raise ConnectionLost(
+                        'a file became shorter while it was sent: the connection is given up'
+                    )
                 self.stream.write(part)
                 left -= len(part)
         self.stream.write(length)
@@ -1735,17 +2038,21 @@ class MessageExchange:
     def _read_streams(self, streams: List[DataStream]) -> None:
         """Receive the data streams of a message, whichever of them comes first."""
         if len(streams) > self._limits.data_streams:
-            raise ProtocolError('a message with %d data streams came, %d are taken'
-                                % (len(streams), self._limits.data_streams))
+            raise ProtocolError(
+                'a message with %d data streams came, %d are taken'
+                % (len(streams), self._limits.data_streams)
+            )
         awaited = {data_stream.id: data_stream for data_stream in streams}
         if len(awaited) < len(streams):
             raise ProtocolError('two data streams of a message have the same id')
         while awaited:
             head = self.stream.read_exactly(24)
-            length, = _INT64.unpack(head[16:])
+            (length,) = _INT64.unpack(head[16:])
             data_stream = awaited.pop(uuid.UUID(bytes_le=head[:16]), None)
             if data_stream is None or length != data_stream.length:
-                raise ProtocolError('a data stream of %d bytes came that the message does not name so' % length)
+                raise ProtocolError(
+                    'a data stream of %d bytes came that the message does not name so' % length
+                )
             data_stream.received(self._receive_stream(length))
 
     def _receive_stream(self, length: int) -> Callable[[], BinaryIO]:
@@ -1762,16 +2069,19 @@ class MessageExchange:
 
     def _spool_stream(self, length: int) -> BinaryIO:
         import tempfile
+
         folder = self._spool or tempfile.gettempdir()
         room = max(free_disk(folder) - self._limits.spare_disk, 0)
         if length > room:
-            raise ProtocolError('a data stream of %d bytes does not fit: %d bytes of %s may be used'
-                                % (length, room, folder))
-        file: BinaryIO = tempfile.TemporaryFile(dir=folder)          # type: ignore[assignment]
+            raise ProtocolError(
+                'a data stream of %d bytes does not fit: %d bytes of %s may be used'
+                % (length, room, folder)
+            )
+        file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]
         self._spooled.append(file)
         buffer = memoryview(bytearray(min(length, _COPY_STEP)))
         while length:
-            count = self.stream.read_into(buffer[:min(length, len(buffer))])
+            count = self.stream.read_into(buffer[: min(length, len(buffer))])
             file.write(buffer[:count])
             length -= count
         file.flush()
@@ -1784,7 +2094,9 @@ class MessageExchange:
     # -- roles
 
     def as_client(self) -> None:
-        """Identify ourselves to a listening service; `call` may follow. Raises ConnectionLost, ProtocolError."""
+        """Identify ourselves to a listening service; `call` may follow. Raises ConnectionLost,
+        ProtocolError.
+        """
         self.stream.set_timeout(self._limits.handshake)
         self.stream.write(GREETING)
         self._conversation.advance(CLIENT)
@@ -1792,29 +2104,37 @@ class MessageExchange:
         self._read_identification()
 
     def call(self, request: Request) -> Response:
-        """Send a request, with `go_on` ahead of it when it is not the first, and await its response.
+        """Send a request, with `go_on` ahead of it when it is not the first, and await its
+        response.
 
-        The response's data streams can be read until the next call. Raises ConnectionLost (the call may have
-        run), ProtocolError; an error in the answer is in the response, not raised.
+        The response's data streams can be read until the next call. Raises ConnectionLost (the call
+        may have run), ProtocolError; an error in the answer is in the response, not raised.
         """
         self._forget_streams()
         self._conversation.advance(REQUEST)
         self._write_message(*request_to_message(request))
         limits = self._limits
         try:
-            message = self._read_message(limits.response_bytes, limits.response_elements, limits.response)
+            message = self._read_message(
+                limits.response_bytes, limits.response_elements, limits.response
+            )
         except EOFError:
-            raise ConnectionLost('%s closed the connection instead of answering %s.%s'
-                                 % (self.stream.peer, request.service, request.method))
+            raise ConnectionLost(
+                '%s closed the connection instead of answering %s.%s'
+                % (self.stream.peer, request.service, request.method)
+            )
         response, streams = response_from_message(message)
         if response.id != request.id:
-            raise ProtocolError('%s answers another request than the one it was asked' % self.stream.peer)
+            raise ProtocolError(
+                '%s answers another request than the one it was asked' % self.stream.peer
+            )
         self._conversation.advance(RESPONSE)
         self._read_streams(streams)
         return response
 
     def go_on(self) -> None:
-        """Ask for another call on this connection; until this returns nothing of that call has been sent.
+        """Ask for another call on this connection; until this returns nothing of that call has been
+        sent.
 
         Raises ConnectionLost: a pooled connection that died meanwhile.
         """
@@ -1831,23 +2151,29 @@ class MessageExchange:
             if END in LEGAL_EVENTS[self._conversation.state]:
                 self._write_control(END)
         except TentacleError:
-            pass                                                     # it is gone already
+            pass  # it is gone already
         self.close()
 
     def as_server(self, handle: Callable[[Request], Response]) -> None:
         """Be the service of a client that dialled us, until it has no more calls.
 
-        `handle` turns each request into a response and never raises. Raises ConnectionLost, ProtocolError.
+        `handle` turns each request into a response and never raises. Raises ConnectionLost,
+        ProtocolError.
         """
         word, _ = self._read_identification()
         if word != CLIENT:
-            raise ProtocolError('%s was expected, %s came: a listening tentacle is called, not polled' % (CLIENT, word))
+            raise ProtocolError(
+                '%s was expected, %s came: a listening tentacle is called, not polled'
+                % (CLIENT, word)
+            )
         self._conversation.advance(SERVER)
         self.stream.write(identification_line(SERVER))
         limits = self._limits
         while True:
             try:
-                message = self._read_message(limits.request_bytes, limits.request_elements, limits.idle)
+                message = self._read_message(
+                    limits.request_bytes, limits.request_elements, limits.idle
+                )
             except EOFError:
                 return
             self._serve_one(message, handle)
@@ -1874,22 +2200,31 @@ class MessageExchange:
         self.stream.close()
 
 
-# ---- 12. Service invocation ----------------------------------------------------------------------------------
-# Service names are matched with case, method names without; parameters are positional (wire notes 4). What is
-# not `@exposed` can not be called.
+# ---- 12. Service invocation ----------------------------------------------------------------------
+# Service names are matched with case, method names without; parameters are positional (wire notes
+# 4). What is not `@exposed` can not be called.
 
-def exposed(wire_name: str, *parameters: type) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
-    """Let peers call a method under a name, with parameters of these types (str, DataStream or contracts)."""
+
+def exposed(
+    wire_name: str, *parameters: type
+) -> Callable[[Callable[..., Any]], Callable[..., Any]]:
+    """Let peers call a method under a name, with parameters of these types (str, DataStream or
+    contracts).
+    """
+
     def mark(method: Callable[..., Any]) -> Callable[..., Any]:
-        method.exposed_as = wire_name                                # type: ignore[attr-defined]
-        method.parameters = parameters                               # type: ignore[attr-defined]
+        method.exposed_as = wire_name  # type: ignore[attr-defined]
+        method.parameters = parameters  # type: ignore[attr-defined]
         return method
+
     return mark
 
 
 def _exposed_methods(service: Any) -> Dict[str, Callable[..., Any]]:
     methods = (getattr(service, name) for name in dir(type(service)) if not name.startswith('_'))
-    return {method.exposed_as.lower(): method for method in methods if hasattr(method, 'exposed_as')}
+    return {
+        method.exposed_as.lower(): method for method in methods if hasattr(method, 'exposed_as')
+    }
 
 
 def _failed(message: str, error_type: Optional[str] = None, cause: str = '') -> ServiceError:
@@ -1898,8 +2233,12 @@ def _failed(message: str, error_type: Optional[str] = None, cause: str = '') -> 
 
 def _failed_inside(error: Exception) -> ServiceError:
     """A failure inside a service, with the details by which clients classify it (wire notes 4)."""
-    return ServiceError(str(error), None, 'System.Reflection.TargetInvocationException: Exception has been thrown by the '
-                        'target of an invocation.\n ---> %s: %s' % (type(error).__name__, error))
+    return ServiceError(
+        str(error),
+        None,
+        'System.Reflection.TargetInvocationException: Exception has been thrown by the '
+        'target of an invocation.\n ---> %s: %s' % (type(error).__name__, error),
+    )
 
 
 class ServiceRegistry:
@@ -1915,41 +2254,66 @@ class ServiceRegistry:
         except ServiceError as error:
             return Response(request.id, error=error)
         except (TentacleError, OSError) as error:
-            logger.warning('%s.%s failed: %s', printable(request.service), printable(request.method), printable(error))
+            logger.warning(
+                '%s.%s failed: %s',
+                printable(request.service),
+                printable(request.method),
+                printable(error),
+            )
             return Response(request.id, error=_failed_inside(error))
-        except Exception as error:                                   # a bug: ours to log, theirs to know of
-            logger.exception('%s.%s failed: a bug', printable(request.service), printable(request.method))
+        except Exception as error:  # a bug: ours to log, theirs to know of
+            logger.exception(
+                '%s.%s failed: a bug', printable(request.service), printable(request.method)
+            )
             return Response(request.id, error=_failed_inside(error))
 
     def _call(self, request: Request) -> Any:
         methods = self._methods.get(request.service)
         if methods is None:
-            raise _failed('Error: %s has not been registered through an IAutofacServiceSource' % request.service,
-                          cause='Octopus.Tentacle.Communications.UnknownServiceNameException')
+            raise _failed(
+                'Error: %s has not been registered through an IAutofacServiceSource'
+                % request.service,
+                cause='Octopus.Tentacle.Communications.UnknownServiceNameException',
+            )
         method = methods.get(request.method.lower())
         if method is None:
-            raise _failed('Method %s::%s not found' % (request.service, request.method), METHOD_NOT_FOUND)
-        expected = method.parameters                                 # type: ignore[attr-defined]
+            raise _failed(
+                'Method %s::%s not found' % (request.service, request.method), METHOD_NOT_FOUND
+            )
+        expected = method.parameters  # type: ignore[attr-defined]
         if len(expected) != len(request.params) or not all(
-                value is None or isinstance(value, kind) for value, kind in zip(request.params, expected)):
-            raise _failed('%s::%s takes (%s); the request has (%s)'
-                          % (request.service, request.method, ', '.join(kind.__name__ for kind in expected),
-                             ', '.join(type(value).__name__ for value in request.params)), AMBIGUOUS_METHOD)
+            value is None or isinstance(value, kind)
+            for value, kind in zip(request.params, expected)
+        ):
+            raise _failed(
+                '%s::%s takes (%s); the request has (%s)'
+                % (
+                    request.service,
+                    request.method,
+                    ', '.join(kind.__name__ for kind in expected),
+                    ', '.join(type(value).__name__ for value in request.params),
+                ),
+                AMBIGUOUS_METHOD,
+            )
         missing = [kind.__name__ for value, kind in zip(request.params, expected) if value is None]
         if missing:
-            raise _failed_inside(ValueError('the %s of %s::%s is null' % (missing[0], request.service, request.method)))
+            raise _failed_inside(
+                ValueError(
+                    'the %s of %s::%s is null' % (missing[0], request.service, request.method)
+                )
+            )
         return method(*request.params)
 
 
-# ---- 13. Script execution ------------------------------------------------------------------------------------
-# A script is known by its ticket; its workspace on disk holds the script, its files and its log. Here a thread
-# of the agent follows the process and writes the log; reading goes by the file alone.
+# ---- 13. Script execution ------------------------------------------------------------------------
+# A script is known by its ticket; its workspace on disk holds the script, its files and its log.
+# Here a thread of the agent follows the process and writes the log; reading goes by the file alone.
 
 BOOTSTRAP, OUTPUT_LOG = 'Bootstrap.sh', 'Output.log'
 DEFAULT_MUTEX = 'RunningScript'
 
-FATAL_EXIT_CODE = -41                   # could not run or log (wire notes 4)
-CANCELED_EXIT_CODE = -1                 # of a script that was cancelled while it ran, as in the captures
+FATAL_EXIT_CODE = -41  # could not run or log (wire notes 4)
+CANCELED_EXIT_CODE = -1  # of a script that was cancelled while it ran, as in the captures
 UNKNOWN_TICKET_EXIT_CODE = -45
 UNKNOWN_RESULT_EXIT_CODE = -46
 
@@ -1959,8 +2323,12 @@ _TICKET_PATTERN = re.compile(r'[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}\Z')
 def check_ticket(task_id: Optional[str]) -> str:
     """A ticket's id, fit to be the name of a folder. Raises ServiceError."""
     if not isinstance(task_id, str) or not _TICKET_PATTERN.match(task_id):
-        raise _failed_inside(ValueError('%s is no script ticket: up to 100 letters, digits, - and _ are taken'
-                                        % printable(task_id, 40)))
+        raise _failed_inside(
+            ValueError(
+                '%s is no script ticket: up to 100 letters, digits, - and _ are taken'
+                % printable(task_id, 40)
+            )
+        )
     return task_id
 
 
@@ -1997,29 +2365,38 @@ class Workspace:
 
     def write_file(self, name: Optional[str], contents: Optional[DataStream]) -> None:
         """Put a file beside the script. Raises ServiceError for a name that leads elsewhere."""
-        if (not name or not contents or name in ('.', '..', BOOTSTRAP, OUTPUT_LOG) or set('/\\\0') & set(name)):
-            raise _failed_inside(ValueError('%s can not be the name of a file of a script' % printable(name, 100)))
+        if (
+            not name
+            or not contents
+            or name in ('.', '..', BOOTSTRAP, OUTPUT_LOG)
+            or set('/\\\0') & set(name)
+        ):
+            raise _failed_inside(
+                ValueError('%s can not be the name of a file of a script' % printable(name, 100))
+            )
         import shutil
+
         with contents.open() as source, open(os.path.join(self.path, name), 'xb') as target:
             shutil.copyfileobj(source, target, _COPY_STEP)
 
     def delete(self) -> None:
         """Remove the folder and what is in it; symbolic links in it are removed, not followed."""
         import shutil
+
         shutil.rmtree(self.path, ignore_errors=True)
 
 
 class LogEntry(NamedTuple):
-    source: int                         # STDOUT, STDERR or DEBUG
-    occurred: int                       # milliseconds since 1970
+    source: int  # STDOUT, STDERR or DEBUG
+    occurred: int  # milliseconds since 1970
     text: str
 
 
 class ScriptLog:
     """A script's log on disk: one JSON array `[source, milliseconds, text]` a line.
 
-    One thread appends, any thread reads. Reading costs what is read: the byte offset of every 64th entry that a
-    reader has passed is remembered.
+    One thread appends, any thread reads. Reading costs what is read: the byte offset of every 64th
+    entry that a reader has passed is remembered.
     """
 
     _STRIDE = 64
@@ -2027,7 +2404,7 @@ class ScriptLog:
     def __init__(self, path: str, limits: Limits = LIMITS):
         self._path = path
         self._limits = limits
-        self._offsets = array('q', [0])                              # of the entries 0, 64, 128 ...
+        self._offsets = array('q', [0])  # of the entries 0, 64, 128 ...
         self._lock = threading.Lock()
 
     def append(self, source: int, texts: Iterable[str]) -> None:
@@ -2037,11 +2414,16 @@ class ScriptLog:
             file.write(lines.encode())
 
     def read(self, after: int) -> Tuple[List[LogEntry], bool]:
-        """(the entries after the `after`-th, as many as one answer may hold, whether there are more)."""
+        """(the entries after the `after`-th, as many as one answer may hold, whether there are
+        more).
+        """
         entries: List[LogEntry] = []
         size = 0
         for entry, length in self._entries_from(max(after, 0)):
-            if len(entries) >= self._limits.log_answer_lines or size + length > self._limits.log_answer_bytes:
+            if (
+                len(entries) >= self._limits.log_answer_lines
+                or size + length > self._limits.log_answer_bytes
+            ):
                 return entries, True
             entries.append(entry)
             size += length
@@ -2061,7 +2443,7 @@ class ScriptLog:
             file.seek(offset)
             for line in file:
                 if not line.endswith(b'\n'):
-                    return                                           # still being written
+                    return  # still being written
                 if position >= number:
                     yield LogEntry(*json.loads(line)), len(line)
                 position += 1
@@ -2076,7 +2458,9 @@ class ScriptLog:
 
 
 class LineSplitter:
-    """Bytes of one pipe to lines of text: what is not UTF-8 is replaced, a line without end is cut at a limit."""
+    """Bytes of one pipe to lines of text: what is not UTF-8 is replaced, a line without end is cut
+    at a limit.
+    """
 
     def __init__(self, limit: int = LIMITS.log_line):
         self._limit = limit
@@ -2088,8 +2472,8 @@ class LineSplitter:
         *lines, self._partial = (self._partial + self._decoder.decode(data, final)).split('\n')
         lines = [line[:-1] if line.endswith('\r') else line for line in lines]
         while len(self._partial) > self._limit:
-            lines.append(self._partial[:self._limit])
-            self._partial = self._partial[self._limit:]
+            lines.append(self._partial[: self._limit])
+            self._partial = self._partial[self._limit :]
         if final and self._partial:
             lines.append(self._partial)
             self._partial = ''
@@ -2097,7 +2481,9 @@ class LineSplitter:
 
 
 def split_arguments(text: str) -> List[str]:
-    """A command line's arguments as .NET splits them on POSIX: blanks, double quotes, backslashes before quotes."""
+    """A command line's arguments as .NET splits them on POSIX: blanks, double quotes, backslashes
+    before quotes.
+    """
     arguments: List[str] = []
     current: Optional[str] = None
     quoted = False
@@ -2105,7 +2491,7 @@ def split_arguments(text: str) -> List[str]:
     while position < len(text):
         slashes = len(text) - position - len(text[position:].lstrip('\\'))
         position += slashes
-        char = text[position:position + 1]
+        char = text[position : position + 1]
         if slashes:
             escaped = char == '"'
             current = (current or '') + '\\' * (slashes // 2 if escaped else slashes)
@@ -2115,7 +2501,7 @@ def split_arguments(text: str) -> List[str]:
             continue
         position += 1
         if char == '"':
-            if quoted and text[position:position + 1] == '"':
+            if quoted and text[position : position + 1] == '"':
                 current = (current or '') + '"'
                 position += 1
             else:
@@ -2134,8 +2520,18 @@ def find_shell() -> str:
     return '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
 
 
+def user_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
 class ScriptSpec(NamedTuple):
     """What a script is to run with, whichever service was asked."""
+
     ticket: str
     body: str
     task_id: str
@@ -2146,16 +2542,24 @@ class ScriptSpec(NamedTuple):
 
 
 class RunningScript:
-    """One script from its start to its completion. Any thread may ask; one thread follows the process."""
+    """One script from its start to its completion. Any thread may ask; one thread follows the
+    process.
+    """
 
-    def __init__(self, spec: ScriptSpec, workspace: Workspace, environment: Dict[str, str], limits: Limits = LIMITS):
+    def __init__(
+        self,
+        spec: ScriptSpec,
+        workspace: Workspace,
+        environment: Dict[str, str],
+        limits: Limits = LIMITS,
+    ):
         self.spec = spec
         self.workspace = workspace
         self.log = ScriptLog(workspace.log_path, limits)
         self._environment = environment
         self._limits = limits
         self._lock = threading.Lock()
-        self._process: Any = None                                    # subprocess.Popen
+        self._process: Any = None  # subprocess.Popen
         self._reaped = False
         self._cancelled_at: Optional[float] = None
         self._exit_code = 0
@@ -2217,26 +2621,52 @@ class RunningScript:
     def _run(self) -> int:
         """Start the process and see it through; its exit code."""
         import subprocess
+
         shell = find_shell()
         spec = self.spec
-        self.log.append(STDOUT, ['##octopus[stdout-verbose]', 'Acquiring isolation mutex %s with %s in %s' % (
-            spec.mutex_name, 'FullIsolation' if spec.isolation == FULL_ISOLATION else 'NoIsolation', spec.task_id),
-            '##octopus[stdout-default]'])
-        self.log.append(DEBUG, [
-            'Executable directory is ' + os.path.dirname(shell), 'Executable name or full path: ' + shell,
-            "Starting %s in working directory '%s' using 'Unicode (UTF-8)' encoding running as '%s'"
-            % (shell, self.workspace.path, user_name())])
+        self.log.append(
+            STDOUT,
+            [
+                '##octopus[stdout-verbose]',
+                'Acquiring isolation mutex %s with %s in %s'
+                % (
+                    spec.mutex_name,
+                    'FullIsolation' if spec.isolation == FULL_ISOLATION else 'NoIsolation',
+                    spec.task_id,
+                ),
+                '##octopus[stdout-default]',
+            ],
+        )
+        self.log.append(
+            DEBUG,
+            [
+                'Executable directory is ' + os.path.dirname(shell),
+                'Executable name or full path: ' + shell,
+                "Starting %s in working directory '%s' using 'Unicode (UTF-8)' encoding "
+                "running as '%s'"
+                % (shell, self.workspace.path, user_name()),
+            ],
+        )
         if shell != '/bin/bash':
-            logger.warning('There is no /bin/bash here: script %s runs under %s', spec.ticket, shell)
-            self.log.append(DEBUG, ['There is no /bin/bash on this host: the script runs under ' + shell])
+            logger.warning(
+                'There is no /bin/bash here: script %s runs under %s', spec.ticket, shell
+            )
+            self.log.append(
+                DEBUG, ['There is no /bin/bash on this host: the script runs under ' + shell]
+            )
         with self._lock:
             self._wake_reader, self._wake_writer = os.pipe()
             os.set_blocking(self._wake_writer, False)
             if self._cancelled_at is None:
                 self._process = subprocess.Popen(
                     [shell, self.workspace.bootstrap] + split_arguments(' '.join(spec.arguments)),
-                    cwd=self.workspace.path, env=self._environment, stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+                    cwd=self.workspace.path,
+                    env=self._environment,
+                    stdin=subprocess.DEVNULL,
+                    stdout=subprocess.PIPE,
+                    stderr=subprocess.PIPE,
+                    start_new_session=True,
+                )
                 self._started = True
         try:
             if self._process is None:
@@ -2249,11 +2679,16 @@ class RunningScript:
                 os.close(self._wake_reader)
                 os.close(self._wake_writer)
                 self._wake_writer = -1
-        self._try_to_log(DEBUG, ['Process %s in %s exited with code %d' % (shell, self.workspace.path, exit_code)])
+        self._try_to_log(
+            DEBUG,
+            ['Process %s in %s exited with code %d' % (shell, self.workspace.path, exit_code)],
+        )
         return exit_code
 
     def _await_exit(self, pid: int) -> None:
-        """Wait for the process without reaping it: until then its id, and its group's, are nobody else's."""
+        """Wait for the process without reaping it: until then its id, and its group's, are nobody
+        else's.
+        """
         os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
         with self._lock:
             if self._wake_writer >= 0:
@@ -2262,17 +2697,21 @@ class RunningScript:
     def _pump(self) -> None:
         """Write the lines of both pipes to the log until the process has exited.
 
-        A child that outlives it and holds the pipes does not delay that; only a cancelled script's children
-        have their time of grace, and are then killed.
+        A child that outlives it and holds the pipes does not delay that; only a cancelled script's
+        children have their time of grace, and are then killed.
         """
         exited = False
         with selectors.DefaultSelector() as selector:
             selector.register(self._wake_reader, selectors.EVENT_READ)
             for pipe, source in ((self._process.stdout, STDOUT), (self._process.stderr, STDERR)):
                 os.set_blocking(pipe.fileno(), False)
-                selector.register(pipe, selectors.EVENT_READ, (source, LineSplitter(self._limits.log_line)))
+                selector.register(
+                    pipe, selectors.EVENT_READ, (source, LineSplitter(self._limits.log_line))
+                )
             killed = False
-            while not exited or (self._cancelled_at is not None and not killed and len(selector.get_map()) > 1):
+            while not exited or (
+                self._cancelled_at is not None and not killed and len(selector.get_map()) > 1
+            ):
                 wait = None
                 if self._cancelled_at is not None and not killed:
                     wait = max(self._cancelled_at + self._limits.cancel_grace - time.monotonic(), 0)
@@ -2281,8 +2720,11 @@ class RunningScript:
                         exited = b'x' in os.read(self._wake_reader, 16) or exited
                     elif not self._pump_pipe(key.fileobj, *key.data):
                         selector.unregister(key.fileobj)
-                if self._cancelled_at is not None and not killed \
-                        and time.monotonic() >= self._cancelled_at + self._limits.cancel_grace:
+                if (
+                    self._cancelled_at is not None
+                    and not killed
+                    and time.monotonic() >= self._cancelled_at + self._limits.cancel_grace
+                ):
                     self._signal_group(signal.SIGKILL)
                     killed = True
             for key in list(selector.get_map().values()):
@@ -2290,8 +2732,12 @@ class RunningScript:
                     while self._pump_pipe(key.fileobj, *key.data, final=True):
                         pass
 
-    def _pump_pipe(self, pipe: Any, source: int, splitter: LineSplitter, final: bool = False) -> bool:
-        """Log what a pipe has; False when it has ended, or, with `final`, has nothing more just now."""
+    def _pump_pipe(
+        self, pipe: Any, source: int, splitter: LineSplitter, final: bool = False
+    ) -> bool:
+        """Log what a pipe has; False when it has ended, or, with `final`, has nothing more just
+        now.
+        """
         try:
             data = os.read(pipe.fileno(), 1 << 16)
         except BlockingIOError:
@@ -2314,7 +2760,7 @@ class RunningScript:
     def _reap(self) -> int:
         with self._lock:
             if self._cancelled_at is not None:
-                self._signal_group(signal.SIGKILL)                   # what is left of the group
+                self._signal_group(signal.SIGKILL)  # what is left of the group
             code = self._process.wait()
             self._reaped = True
             cancelled = self._cancelled_at is not None
@@ -2322,30 +2768,29 @@ class RunningScript:
         self._process.stderr.close()
         if cancelled:
             return CANCELED_EXIT_CODE
-        return code if code >= 0 else 128 - code                     # by a signal: as the shells and .NET have it
-
-
-def user_name() -> str:
-    import pwd
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
+        return code if code >= 0 else 128 - code  # by a signal: as the shells and .NET have it
 
 
 class LostScript(RunningScript):
-    """A script whose workspace outlived the agent that ran it: its log so far, and a result nobody knows."""
+    """A script whose workspace outlived the agent that ran it: its log so far, and a result nobody
+    knows.
+    """
 
     def __init__(self, ticket: str, workspace: Workspace, limits: Limits = LIMITS):
-        super().__init__(ScriptSpec(ticket, '', '', NO_ISOLATION, DEFAULT_MUTEX, [], []), workspace, {}, limits)
+        super().__init__(
+            ScriptSpec(ticket, '', '', NO_ISOLATION, DEFAULT_MUTEX, [], []), workspace, {}, limits
+        )
         self._exit_code = UNKNOWN_RESULT_EXIT_CODE
         self._ended.set()
 
 
 class ScriptRegistry:
-    """The scripts of one agent by ticket, for every service that runs scripts. Any thread may call."""
+    """The scripts of one agent by ticket, for every service that runs scripts. Any thread may call.
+    """
 
-    def __init__(self, work: str, environment: Callable[[], Dict[str, str]], limits: Limits = LIMITS):
+    def __init__(
+        self, work: str, environment: Callable[[], Dict[str, str]], limits: Limits = LIMITS
+    ):
         self._work = work
         self._environment = environment
         self._limits = limits
@@ -2353,9 +2798,11 @@ class ScriptRegistry:
         self._scripts: Dict[str, RunningScript] = {}
 
     def start(self, spec: ScriptSpec) -> RunningScript:
-        """Start a script, or find the one that this ticket has started already. Raises ServiceError, OSError."""
+        """Start a script, or find the one that this ticket has started already. Raises
+        ServiceError, OSError.
+        """
         workspace = Workspace(self._work, spec.ticket)
-        with self._lock:                                             # held until it is started: one start a ticket
+        with self._lock:  # held until it is started: one start a ticket
             script = self._find(spec.ticket)
             if script is None:
                 script = RunningScript(spec, workspace, self._environment(), self._limits)
@@ -2390,7 +2837,8 @@ class ScriptRegistry:
             self._scripts.pop(script.spec.ticket, None)
 
 
-# ---- 14. Tentacle services -----------------------------------------------------------------------------------
+# ---- 14. Tentacle services -----------------------------------------------------------------------
+
 
 class CapabilitiesService:
     """`ICapabilitiesServiceV2`"""
@@ -2405,20 +2853,33 @@ class CapabilitiesService:
 
 def _spec(ticket: str, command: Any) -> ScriptSpec:
     """What to run for a start command of either version."""
-    body = {name.lower(): text for name, text in command.scripts.items()}.get('bash', command.script_body)
-    return ScriptSpec(ticket, body or '', command.task_id or '', command.isolation, command.mutex_name or DEFAULT_MUTEX,
-                      command.files, [argument or '' for argument in command.arguments])
+    body = {name.lower(): text for name, text in command.scripts.items()}.get(
+        'bash', command.script_body
+    )
+    return ScriptSpec(
+        ticket,
+        body or '',
+        command.task_id or '',
+        command.isolation,
+        command.mutex_name or DEFAULT_MUTEX,
+        command.files,
+        [argument or '' for argument in command.arguments],
+    )
 
 
 def _status(cls: type, script: RunningScript, after: int) -> Any:
     """A script's status answer; complete only together with the last of its log."""
-    state, exit_code = script.state_and_exit_code()                  # asked first: what it wrote is in the log then
+    state, exit_code = script.state_and_exit_code()  # asked first: what it wrote is in the log then
     entries, more = script.log.read(after)
     if more:
         state, exit_code = RUNNING, 0
-    return cls(ticket=ScriptTicket(task_id=script.spec.ticket),
-               logs=[ProcessOutput(**entry._asdict()) for entry in entries],
-               next_log_sequence=max(after, 0) + len(entries), state=state, exit_code=exit_code)
+    return cls(
+        ticket=ScriptTicket(task_id=script.spec.ticket),
+        logs=[ProcessOutput(**entry._asdict()) for entry in entries],
+        next_log_sequence=max(after, 0) + len(entries),
+        state=state,
+        exit_code=exit_code,
+    )
 
 
 class ScriptServiceV2:
@@ -2430,7 +2891,9 @@ class ScriptServiceV2:
 
     @exposed('StartScript', StartScriptCommandV2)
     def start_script(self, command: StartScriptCommandV2) -> ScriptStatusResponseV2:
-        script = self._scripts.start(_spec(check_ticket(command.ticket and command.ticket.task_id), command))
+        script = self._scripts.start(
+            _spec(check_ticket(command.ticket and command.ticket.task_id), command)
+        )
         if command.duration_to_wait:
             script.wait(min(max(command.duration_to_wait, 0), self._limits.start_wait))
         return _status(ScriptStatusResponseV2, script, 0)
@@ -2443,8 +2906,12 @@ class ScriptServiceV2:
     def get_status(self, request: ScriptStatusRequestV2) -> ScriptStatusResponseV2:
         ticket, script = self._about(request)
         if script is None:
-            return ScriptStatusResponseV2(ticket=ScriptTicket(task_id=ticket), next_log_sequence=request.last_log_sequence,
-                                          state=COMPLETE, exit_code=UNKNOWN_TICKET_EXIT_CODE)
+            return ScriptStatusResponseV2(
+                ticket=ScriptTicket(task_id=ticket),
+                next_log_sequence=request.last_log_sequence,
+                state=COMPLETE,
+                exit_code=UNKNOWN_TICKET_EXIT_CODE,
+            )
         return _status(ScriptStatusResponseV2, script, request.last_log_sequence)
 
     @exposed('CancelScript', CancelScriptCommandV2)
@@ -2462,7 +2929,9 @@ class ScriptServiceV2:
 
 
 class ScriptService:
-    """`IScriptService`, the older one: the ticket is ours, and one we do not know is complete with code 0."""
+    """`IScriptService`, the older one: the ticket is ours, and one we do not know is complete with
+    code 0.
+    """
 
     def __init__(self, scripts: ScriptRegistry):
         self._scripts = scripts
@@ -2473,13 +2942,19 @@ class ScriptService:
         self._scripts.start(_spec(ticket, command))
         return ScriptTicket(task_id=ticket)
 
-    def _status(self, command: _AboutTicketAndLog, before: Callable[[RunningScript], None] = lambda script: None
-                ) -> ScriptStatusResponse:
+    def _status(
+        self,
+        command: _AboutTicketAndLog,
+        before: Callable[[RunningScript], None] = lambda script: None,
+    ) -> ScriptStatusResponse:
         ticket = (command.ticket and command.ticket.task_id) or ''
         script = self._scripts.find(ticket)
         if script is None:
-            return ScriptStatusResponse(ticket=ScriptTicket(task_id=ticket), state=COMPLETE,
-                                        next_log_sequence=command.last_log_sequence)
+            return ScriptStatusResponse(
+                ticket=ScriptTicket(task_id=ticket),
+                state=COMPLETE,
+                next_log_sequence=command.last_log_sequence,
+            )
         before(script)
         return _status(ScriptStatusResponse, script, command.last_log_sequence)
 
@@ -2540,24 +3015,28 @@ class FileTransferService:
         return DataStream(details.st_size, lambda: open(path, 'rb'))
 
 
-def tentacle_services(home: str, scripts: ScriptRegistry, limits: Limits = LIMITS) -> ServiceRegistry:
+def tentacle_services(
+    home: str, scripts: ScriptRegistry, limits: Limits = LIMITS
+) -> ServiceRegistry:
     """The services that a tentacle offers, under the names of the wire (wire notes 4)."""
-    services: Dict[str, Any] = {'IScriptService': ScriptService(scripts),
-                                'IFileTransferService': FileTransferService(home),
-                                'IScriptServiceV2': ScriptServiceV2(scripts, limits)}
+    services: Dict[str, Any] = {
+        'IScriptService': ScriptService(scripts),
+        'IFileTransferService': FileTransferService(home),
+        'IScriptServiceV2': ScriptServiceV2(scripts, limits),
+    }
     services['ICapabilitiesServiceV2'] = CapabilitiesService(list(services))
     return ServiceRegistry(services)
 
 
-# ---- 15. Listening -------------------------------------------------------------------------------------------
+# ---- 15. Listening -------------------------------------------------------------------------------
 
 _WELCOME_PAGE = '''<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>Tentacle</title></head>
 <body>
 <h1>A Tentacle listens here</h1>
-<p>tentacle.py {version}. An Octopus Server, or tentacle.py as a dispatcher, can talk to it once each knows the
-other's thumbprint. Ours is</p>
+<p>tentacle.py {version}. An Octopus Server, or tentacle.py as a dispatcher, can talk to it once
+each knows the other's thumbprint. Ours is</p>
 <p><code>{thumbprint}</code></p>
 </body>
 </html>
@@ -2567,22 +3046,51 @@ other's thumbprint. Ours is</p>
 def welcome_answer(identity: Identity) -> bytes:
     """The HTTP answer to a browser, a load balancer or a discovery call."""
     page = _WELCOME_PAGE.format(version=__version__, thumbprint=identity.thumbprint).encode()
-    return ('HTTP/1.0 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: %d\r\n\r\n' % len(page)
-            ).encode() + page
+    return (
+        'HTTP/1.0 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: %d\r\n\r\n'
+        % len(page)
+    ).encode() + page
+
+
+def _host_and_port(address: Tuple[Any, ...]) -> str:
+    host = str(address[0])
+    if host.startswith('::ffff:') and '.' in host:
+        host = host[len('::ffff:') :]  # IPv4 on the IPv6 socket
+    return '%s:%d' % ('[%s]' % host if ':' in host else host, address[1])
+
+
+def _hang_up(sock: socket.socket) -> None:
+    """Wake whoever waits on a socket, from another thread; TLS is left aside, since it is in their
+    hands.
+    """
+    try:
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    except OSError:
+        pass  # it was not connected any more
 
 
 class SecureListener(socketserver.TCPServer):
-    """Accepts TLS connections on IPv4 and IPv6, and gives those of pinned peers that say MX to `serve`.
+    """Accepts TLS connections on IPv4 and IPv6, and gives those of pinned peers that say MX to
+    `serve`.
 
-    Who is not pinned costs one thread until its handshake fails or its time is over, and when too many of these
-    strangers wait, the oldest goes: a pinned peer always gets through. `port` is the real one.
+    Who is not pinned costs one thread until its handshake fails or its time is over, and when too
+    many of these strangers wait, the oldest goes: a pinned peer always gets through. `port` is the
+    real one.
     """
 
     allow_reuse_address = True
     request_queue_size = 512
 
-    def __init__(self, host: str, port: int, acceptor: PinningAcceptor, identity: Identity,
-                 serve: Callable[[SecureStream], None], trust_command: str, limits: Limits = LIMITS):
+    def __init__(
+        self,
+        host: str,
+        port: int,
+        acceptor: PinningAcceptor,
+        identity: Identity,
+        serve: Callable[[SecureStream], None],
+        trust_command: str,
+        limits: Limits = LIMITS,
+    ):
         self._acceptor = acceptor
         self._identity = identity
         self._serve = serve
@@ -2591,7 +3099,9 @@ class SecureListener(socketserver.TCPServer):
         self._max_connections, self._max_strangers = self._bounds(limits)
         self._lock = threading.Lock()
         self._none_left = threading.Condition(self._lock)
-        self._strangers: 'OrderedDict[socket.socket, str]' = OrderedDict()   # not yet identified, oldest first
+        self._strangers: 'OrderedDict[socket.socket, str]' = (
+            OrderedDict()
+        )  # not yet identified, oldest first
         self._peers: Dict[socket.socket, str] = {}
         self._stopping = False
         self.address_family = socket.AF_INET6 if not host or ':' in host else socket.AF_INET
@@ -2600,12 +3110,17 @@ class SecureListener(socketserver.TCPServer):
 
     @staticmethod
     def _bounds(limits: Limits) -> Tuple[int, int]:
-        """(pinned connections, strangers) at once, so that file descriptors are left for scripts and files."""
+        """(pinned connections, strangers) at once, so that file descriptors are left for scripts
+        and files.
+        """
         import resource
+
         descriptors = resource.getrlimit(resource.RLIMIT_NOFILE)[0]
         if descriptors == resource.RLIM_INFINITY:
             return limits.connections, limits.strangers
-        return min(limits.connections, descriptors * 3 // 8), min(limits.strangers, descriptors * 3 // 8)
+        return min(limits.connections, descriptors * 3 // 8), min(
+            limits.strangers, descriptors * 3 // 8
+        )
 
     def _bind(self, host: str, port: int) -> None:
         try:
@@ -2614,14 +3129,18 @@ class SecureListener(socketserver.TCPServer):
             except OSError as error:
                 if host or error.errno not in (errno.EAFNOSUPPORT, errno.EADDRNOTAVAIL):
                     raise
-                self.address_family = socket.AF_INET                 # a host without IPv6
+                self.address_family = socket.AF_INET  # a host without IPv6
                 super().__init__(('0.0.0.0', port), socketserver.BaseRequestHandler)
         except (OSError, OverflowError) as error:
             if isinstance(error, OSError) and error.errno == errno.EADDRINUSE:
-                raise TentacleError('Port %d is in use: another tentacle, or another program, listens there already. '
-                                    'Stop it, or choose another port with --port' % port)
-            raise TentacleError('Can not listen on %s port %d: %s' % (host or 'any address', port,
-                                                                      getattr(error, 'strerror', error)))
+                raise TentacleError(
+                    'Port %d is in use: another tentacle, or another program, listens there '
+                    'already. Stop it, or choose another port with --port' % port
+                )
+            raise TentacleError(
+                'Can not listen on %s port %d: %s'
+                % (host or 'any address', port, getattr(error, 'strerror', error))
+            )
 
     def server_bind(self) -> None:
         if self.address_family == socket.AF_INET6:
@@ -2638,7 +3157,8 @@ class SecureListener(socketserver.TCPServer):
         return _host_and_port(self.server_address)
 
     def serve_forever(self, poll_interval: Optional[float] = None) -> None:
-        """Accept until `stop`; sleeps while nothing comes (the inherited one wakes twice a second)."""
+        """Accept until `stop`; sleeps while nothing comes (the inherited one wakes twice a second).
+        """
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, selectors.EVENT_READ)
             selector.register(self._wake_ends[0], selectors.EVENT_READ)
@@ -2652,14 +3172,16 @@ class SecureListener(socketserver.TCPServer):
             return super().get_request()
         except OSError as error:
             if error.errno in (errno.EMFILE, errno.ENFILE, errno.ENOBUFS, errno.ENOMEM):
-                # The connection stays in the queue, so this would spin: make room, or wait until there is some.
+                # The connection stays in the queue, so this would spin: make room, or wait until
+                # there is some.
                 logger.error('A connection can not be accepted: %s', error.strerror)
                 if not self._drop_oldest_stranger():
                     time.sleep(0.1)
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection over into its own thread; no I/O here, so nobody delays the next one."""
+        """Take a connection over into its own thread; no I/O here, so nobody delays the next one.
+        """
         peer = _host_and_port(client_address)
         sock = self._acceptor.wrap(request)
         with self._lock:
@@ -2670,8 +3192,11 @@ class SecureListener(socketserver.TCPServer):
         start_thread('connection ' + peer, self._connection, sock, peer)
 
     def handle_error(self, request: Any, client_address: Any) -> None:
-        logger.info('%s: the connection could not be taken over: %s', _host_and_port(client_address),
-                    printable(sys.exc_info()[1]))
+        logger.info(
+            '%s: the connection could not be taken over: %s',
+            _host_and_port(client_address),
+            printable(sys.exc_info()[1]),
+        )
 
     def _drop_oldest_stranger(self) -> bool:
         with self._lock:
@@ -2679,7 +3204,11 @@ class SecureListener(socketserver.TCPServer):
                 return False
             sock, peer = self._strangers.popitem(last=False)
             _hang_up(sock)
-        logger.info('%s: dropped in its handshake, since %d newer connections wait in theirs', peer, self._max_strangers)
+        logger.info(
+            '%s: dropped in its handshake, since %d newer connections wait in theirs',
+            peer,
+            self._max_strangers,
+        )
         return True
 
     # -- the thread of a connection
@@ -2691,13 +3220,18 @@ class SecureListener(socketserver.TCPServer):
                 logger.info('%s: connected, thumbprint %s', peer, stream.thumbprint)
                 self._serve(stream)
         except UntrustedThumbprint as error:
-            logger.warning('%s: refused, %s. To trust it: %s %s', peer, error, self._trust_command,
-                           error.thumbprint or 'THUMBPRINT')
+            logger.warning(
+                '%s: refused, %s. To trust it: %s %s',
+                peer,
+                error,
+                self._trust_command,
+                error.thumbprint or 'THUMBPRINT',
+            )
         except ConnectionLost as error:
             wire_logger.info('%s: %s', peer, error)
         except ProtocolError as error:
             logger.warning('%s: closed, it does not keep to the protocol: %s', peer, error)
-        except Exception:                                            # a bug; this connection ends, the listener lives
+        except Exception:  # a bug; this connection ends, the listener lives
             logger.exception('%s: closed by a bug', peer)
         finally:
             with self._lock:
@@ -2707,7 +3241,9 @@ class SecureListener(socketserver.TCPServer):
                 self._none_left.notify_all()
 
     def _meet(self, sock: ssl.SSLSocket, peer: str) -> Optional[SecureStream]:
-        """Handshake and greeting, all within the time for it; the stream of a pinned peer that said MX."""
+        """Handshake and greeting, all within the time for it; the stream of a pinned peer that said
+        MX.
+        """
         deadline = time.monotonic() + self._limits.handshake
         _keep_alive(sock)
         stream = self._acceptor.handshake(sock, peer, self._limits.handshake)
@@ -2730,11 +3266,15 @@ class SecureListener(socketserver.TCPServer):
         """Count a stranger among the pinned peers, if there is room."""
         with self._lock:
             if self._strangers.pop(sock, None) is None or self._stopping:
-                return False                                         # dropped at the last moment
+                return False  # dropped at the last moment
             if len(self._peers) < self._max_connections:
                 self._peers[sock] = peer
                 return True
-        logger.warning('%s: closed, %d connections of trusted peers are open already', peer, self._max_connections)
+        logger.warning(
+            '%s: closed, %d connections of trusted peers are open already',
+            peer,
+            self._max_connections,
+        )
         return False
 
     def stop(self) -> None:
@@ -2743,54 +3283,59 @@ class SecureListener(socketserver.TCPServer):
         self._wake_ends[1].send(b'x')
 
     def server_close(self) -> None:
-        """Close the port and all connections, and wait for their threads; after `serve_forever` has returned."""
+        """Close the port and all connections, and wait for their threads; after `serve_forever` has
+        returned.
+        """
         super().server_close()
         with self._lock:
             for sock in list(self._strangers) + list(self._peers):
                 _hang_up(sock)
-            self._none_left.wait_for(lambda: not self._strangers and not self._peers, self._limits.stop)
+            self._none_left.wait_for(
+                lambda: not self._strangers and not self._peers, self._limits.stop
+            )
         for end in self._wake_ends:
             end.close()
-
-
-def _host_and_port(address: Tuple[Any, ...]) -> str:
-    host = str(address[0])
-    if host.startswith('::ffff:') and '.' in host:
-        host = host[len('::ffff:'):]                                 # IPv4 on the IPv6 socket
-    return '%s:%d' % ('[%s]' % host if ':' in host else host, address[1])
-
-
-def _hang_up(sock: socket.socket) -> None:
-    """Wake whoever waits on a socket, from another thread; TLS is left aside, since it is in their hands."""
-    try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:
-        pass                                                         # it was not connected any more
 
 
 class ListeningTentacle:
     """A listening tentacle to embed: it accepts from `start` to `stop`, in threads of its own.
 
-    `home` is where workspaces are made and relative paths lead; `trusted` gives the pinned thumbprints, and is
-    asked for every connection. It runs scripts as this process's user.
+    `home` is where workspaces are made and relative paths lead; `trusted` gives the pinned
+    thumbprints, and is asked for every connection. It runs scripts as this process's user.
 
         identity = tentacle.create_identity('/tmp/agent/tentacle.pem')
-        agent = tentacle.ListeningTentacle('/tmp/agent', identity, lambda: frozenset(['6D7A...EFB3']), port=0)
+        trusted = frozenset(['6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3'])
+        agent = tentacle.ListeningTentacle('/tmp/agent', identity, lambda: trusted, port=0)
         agent.start()
         print(agent.port, identity.thumbprint)
         agent.stop()
     """
 
-    def __init__(self, home: str, identity: Identity, trusted: Callable[[], FrozenSet[str]], host: str = '',
-                 port: int = LISTENING_PORT, environment: Callable[[], Dict[str, str]] = lambda: dict(os.environ),
-                 trust_command: str = 'tentacle.py configure --trust', limits: Limits = LIMITS):
+    def __init__(
+        self,
+        home: str,
+        identity: Identity,
+        trusted: Callable[[], FrozenSet[str]],
+        host: str = '',
+        port: int = LISTENING_PORT,
+        environment: Callable[[], Dict[str, str]] = lambda: dict(os.environ),
+        trust_command: str = 'tentacle.py configure --trust',
+        limits: Limits = LIMITS,
+    ):
         self._limits = limits
         work = os.path.join(home, 'Work')
         self._spool = work
         os.makedirs(work, mode=0o700, exist_ok=True)
         self._services = tentacle_services(home, ScriptRegistry(work, environment, limits), limits)
-        self._listener = SecureListener(host, port, PinningAcceptor(identity, trusted), identity, self._serve,
-                                        trust_command, limits)
+        self._listener = SecureListener(
+            host,
+            port,
+            PinningAcceptor(identity, trusted),
+            identity,
+            self._serve,
+            trust_command,
+            limits,
+        )
         self._thread: Optional[threading.Thread] = None
 
     @property
@@ -2820,18 +3365,20 @@ class ListeningTentacle:
         self._listener.server_close()
 
 
-# ---- 17. Dispatcher ------------------------------------------------------------------------------------------
+# ---- 17. Dispatcher ------------------------------------------------------------------------------
 
-#: No limit, as the original's client writes it: the most milliseconds that an int32 holds (wire notes 3).
+#: No limit, as the original's client writes it: the most milliseconds that an int32 holds (wire
+#: notes 3).
 NO_MUTEX_TIMEOUT = 2147483.647
 
 
 class OutputLine(NamedTuple):
     """A line of a script's log, as the dispatcher hands it on."""
-    source: int                         # 0 stdout, 1 stderr, 2 the agent's own notes
-    occurred: int                       # milliseconds since 1970, by the agent's clock
+
+    source: int  # 0 stdout, 1 stderr, 2 the agent's own notes
+    occurred: int  # milliseconds since 1970, by the agent's clock
     text: str
-    remark: bool                        # the agent's own, not the script's
+    remark: bool  # the agent's own, not the script's
 
 
 class ScriptResult(NamedTuple):
@@ -2841,19 +3388,24 @@ class ScriptResult(NamedTuple):
     @property
     def stdout(self) -> str:
         """What the script wrote to stdout."""
-        return ''.join(line.text + '\n' for line in self.lines if line.source == STDOUT and not line.remark)
+        return ''.join(
+            line.text + '\n' for line in self.lines if line.source == STDOUT and not line.remark
+        )
 
     @property
     def stderr(self) -> str:
-        return ''.join(line.text + '\n' for line in self.lines if line.source == STDERR and not line.remark)
+        return ''.join(
+            line.text + '\n' for line in self.lines if line.source == STDERR and not line.remark
+        )
 
 
 class RemarkFilter:
     """Tells an agent's own remarks from a script's output.
 
-    Debug lines are remarks, and what stands between `##octopus[stdout-verbose]` (or -wait, -warning ...) and
-    `##octopus[stdout-default]`, these markers included.
+    Debug lines are remarks, and what stands between `##octopus[stdout-verbose]` (or -wait, -warning
+    ...) and `##octopus[stdout-default]`, these markers included.
     """
+
     _marker = re.compile(r'##octopus\[stdout-(\w+)\]\Z')
 
     def __init__(self) -> None:
@@ -2867,13 +3419,173 @@ class RemarkFilter:
         return OutputLine(entry.source, entry.occurred, entry.text or '', remark)
 
 
+class _ScriptCallsV2:
+    """One script by the calls of `IScriptServiceV2` of a TentacleClient."""
+
+    def __init__(self, client: Any):
+        self._client = client
+        self._ticket = ScriptTicket(task_id=new_ticket())
+
+    def _call(self, method: str, command: Contract) -> ScriptStatusResponseV2:
+        return self._client.call_for(ScriptStatusResponseV2, 'IScriptServiceV2', method, command)
+
+    def start(self, body: str, task_id: str, wait: float) -> Any:
+        """The first status."""
+        return self._call(
+            'StartScript',
+            StartScriptCommandV2(
+                ticket=self._ticket,
+                script_body=body,
+                task_id=task_id,
+                duration_to_wait=wait,
+                mutex_timeout=NO_MUTEX_TIMEOUT,
+                mutex_name=DEFAULT_MUTEX,
+            ),
+        )
+
+    def status(self, after: int) -> Any:
+        return self._call(
+            'GetStatus', ScriptStatusRequestV2(ticket=self._ticket, last_log_sequence=after)
+        )
+
+    def cancel(self, after: int) -> Any:
+        return self._call(
+            'CancelScript', CancelScriptCommandV2(ticket=self._ticket, last_log_sequence=after)
+        )
+
+    def complete(self, after: int) -> None:
+        self._client.call(
+            'IScriptServiceV2', 'CompleteScript', CompleteScriptCommandV2(ticket=self._ticket)
+        )
+
+
+class _ScriptCallsV1:
+    """The same by `IScriptService`, where the tentacle names the ticket."""
+
+    def __init__(self, client: Any):
+        self._client = client
+        self._ticket: Optional[ScriptTicket] = None
+
+    def _call(self, method: str, command: Contract) -> ScriptStatusResponse:
+        return self._client.call_for(ScriptStatusResponse, 'IScriptService', method, command)
+
+    def start(self, body: str, task_id: str, wait: float) -> Any:
+        self._ticket = self._client.call_for(
+            ScriptTicket,
+            'IScriptService',
+            'StartScript',
+            StartScriptCommand(
+                script_body=body,
+                task_id=task_id,
+                mutex_timeout=NO_MUTEX_TIMEOUT,
+                mutex_name=DEFAULT_MUTEX,
+            ),
+        )
+        return self.status(0)
+
+    def status(self, after: int) -> Any:
+        return self._call(
+            'GetStatus', ScriptStatusRequest(ticket=self._ticket, last_log_sequence=after)
+        )
+
+    def cancel(self, after: int) -> Any:
+        return self._call(
+            'CancelScript', CancelScriptCommand(ticket=self._ticket, last_log_sequence=after)
+        )
+
+    def complete(self, after: int) -> None:
+        self._call(
+            'CompleteScript', CompleteScriptCommand(ticket=self._ticket, last_log_sequence=after)
+        )
+
+
+class _ScriptRun:
+    """Follows one script from start to completion, handing on each line once."""
+
+    _START_WAIT = 0.3  # a short script is done within the start; a longer one shows its output soon
+    _PAUSES = (
+        0.05,
+        0.1,
+        0.2,
+        0.4,
+    )  # between questions while nothing comes; back to the first when something does
+
+    def __init__(self, calls: Any, on_line: Callable[[OutputLine], None], limits: Limits):
+        self._calls = calls
+        self._on_line = on_line
+        self._limits = limits
+        self._remarks = RemarkFilter()
+        self._next = 0
+        self._state = PENDING
+        self._exit_code = 0
+
+    def run(self, body: str, task_id: str) -> int:
+        try:
+            self._take(self._calls.start(body, task_id, self._START_WAIT))
+            self._follow(lambda: self._ask(self._calls.status), float('inf'))
+        except ServiceError:
+            raise  # it was not started
+        except BaseException:
+            self._cancel()
+            raise
+        self._complete()
+        return self._exit_code
+
+    def _take(self, status: Any) -> int:
+        """Hand on the lines that are new; how many there were."""
+        new = status.logs[max(self._next - (status.next_log_sequence - len(status.logs)), 0) :]
+        self._next = max(self._next, status.next_log_sequence)
+        self._state, self._exit_code = status.state, status.exit_code
+        for entry in new:
+            self._on_line(self._remarks.line(entry))
+        return len(new)
+
+    def _ask(self, call: Callable[[int], Any]) -> Any:
+        """Ask for the status; again on a new connection where one broke, since asking changes
+        nothing.
+        """
+        for attempt in range(self._limits.reconnect_attempts):
+            try:
+                return call(self._next)
+            except ConnectionLost as error:
+                if attempt == self._limits.reconnect_attempts - 1:
+                    raise
+                logger.info('%s; asking again', error)
+                time.sleep(self._limits.reconnect_pause)
+
+    def _follow(self, ask: Callable[[], Any], deadline: float) -> None:
+        quiet = 0
+        while self._state != COMPLETE and time.monotonic() < deadline:
+            time.sleep(self._PAUSES[min(quiet, len(self._PAUSES) - 1)])
+            quiet = 0 if self._take(ask()) else quiet + 1
+
+    def _cancel(self) -> None:
+        """Cancel the script there and see it end; the reason for it is on its way to the caller."""
+        try:
+            self._follow(
+                lambda: self._ask(self._calls.cancel),
+                time.monotonic() + self._limits.cancelled_script,
+            )
+            self._complete()
+        except (TentacleError, OSError) as error:
+            logger.warning('The script could not be cancelled, it may go on there: %s', error)
+
+    def _complete(self) -> None:
+        try:
+            self._calls.complete(self._next)
+        except TentacleError as error:
+            logger.info('The workspace could not be removed there, it will be by and by: %s', error)
+
+
 class TentacleClient:
-    """Calls the services of one tentacle, over warm connections where there are some. Any thread may call.
+    """Calls the services of one tentacle, over warm connections where there are some. Any thread
+    may call.
 
         with tentacle.TentacleClient(endpoint, identity) as client:
             print(client.capabilities())
 
-    A pooled connection that died is replaced unseen; a request that may have run is never sent again.
+    A pooled connection that died is replaced unseen; a request that may have run is never sent
+    again.
     """
 
     def __init__(self, endpoint: ServiceEndPoint, identity: Identity, limits: Limits = LIMITS):
@@ -2881,7 +3593,9 @@ class TentacleClient:
         self._identity = identity
         self._limits = limits
         self._lock = threading.Lock()
-        self._pool: List[Tuple[MessageExchange, float]] = []         # (idle connection, since), the latest last
+        self._pool: List[
+            Tuple[MessageExchange, float]
+        ] = []  # (idle connection, since), the latest last
         self._capabilities: Optional[List[str]] = None
         self._calls = 0
 
@@ -2923,32 +3637,43 @@ class TentacleClient:
         except BaseException as error:
             exchange.close()
             if isinstance(error, (ConnectionLost, UntrustedThumbprint)):
-                raise type(error)('%s (%s). Does it trust us? On it: tentacle.py configure --trust %s'
-                                  % (stream.peer, error, self._identity.thumbprint))
+                raise type(error)(
+                    '%s (%s). Does it trust us? On it: tentacle.py configure --trust %s'
+                    % (stream.peer, error, self._identity.thumbprint)
+                )
             if isinstance(error, ProtocolError):
-                raise ProtocolError('%s has the pinned certificate, but does not speak Halibut: %s' % (stream.peer, error))
+                raise ProtocolError(
+                    '%s has the pinned certificate, but does not speak Halibut: %s'
+                    % (stream.peer, error)
+                )
             raise
         with self._lock:
-            self._capabilities = None                                # it may be another version by now
+            self._capabilities = None  # it may be another version by now
         return exchange
 
     def call(self, service: str, method: str, *params: Any) -> Any:
         """Call a method and give its result.
 
-        Raises ServiceError (the answer is an error), ConnectionLost (it may have run), UntrustedThumbprint,
-        ProtocolError.
+        Raises ServiceError (the answer is an error), ConnectionLost (it may have run),
+        UntrustedThumbprint, ProtocolError.
         """
         exchange = self._pooled() or self._dial()
         with self._lock:
             self._calls += 1
             number = self._calls
         activity = uuid.uuid4()
-        request = Request('%s::%s[%d] / %s' % (service, method, number, activity), service, method, list(params),
-                          activity, self.endpoint)
+        request = Request(
+            '%s::%s[%d] / %s' % (service, method, number, activity),
+            service,
+            method,
+            list(params),
+            activity,
+            self.endpoint,
+        )
         try:
             response = exchange.call(request)
         except BaseException:
-            exchange.close()                                         # given up: never to be used for another call
+            exchange.close()  # given up: never to be used for another call
             raise
         with self._lock:
             self._pool.append((exchange, time.monotonic()))
@@ -2956,22 +3681,32 @@ class TentacleClient:
             raise response.error
         return response.result
 
-    def _call_for(self, expected: type, service: str, method: str, *params: Any) -> Any:
+    def call_for(self, expected: type, service: str, method: str, *params: Any) -> Any:
+        """The same, where the result must be of a type. Raises ProtocolError when it is of another.
+        """
         result = self.call(service, method, *params)
         if not isinstance(result, expected):
-            raise ProtocolError('%s.%s must answer with a %s' % (service, method, expected.__name__))
+            raise ProtocolError(
+                '%s.%s must answer with a %s' % (service, method, expected.__name__)
+            )
         return result
 
     def capabilities(self) -> List[str]:
-        """The services that the tentacle says it has; an old one without this service has the first two."""
+        """The services that the tentacle says it has; an old one without this service has the first
+        two.
+        """
         with self._lock:
             known = self._capabilities
         if known is None:
             try:
-                known = self._call_for(CapabilitiesResponseV2, 'ICapabilitiesServiceV2', 'GetCapabilities'
-                                       ).supported_capabilities
+                known = self.call_for(
+                    CapabilitiesResponseV2, 'ICapabilitiesServiceV2', 'GetCapabilities'
+                ).supported_capabilities
             except ServiceError as error:
-                if error.error_type != SERVICE_NOT_FOUND and 'has not been registered through' not in str(error):
+                if (
+                    error.error_type != SERVICE_NOT_FOUND
+                    and 'has not been registered through' not in str(error)
+                ):
                     raise
                 known = ['IScriptService', 'IFileTransferService']
             with self._lock:
@@ -2980,136 +3715,22 @@ class TentacleClient:
 
     # -- scripts, by the newer service where it has it, else by the older
 
-    def run_script(self, body: str, on_line: Callable[[OutputLine], None], task_id: str = 'tentacle.py') -> int:
+    def run_script(
+        self, body: str, on_line: Callable[[OutputLine], None], task_id: str = 'tentacle.py'
+    ) -> int:
         """Run a script and hand on its lines as they come; its exit code.
 
         Whatever ends this early (Ctrl-C, an exception of `on_line`) cancels the script there first.
         """
-        calls: Any = (_ScriptCallsV2 if 'IScriptServiceV2' in self.capabilities() else _ScriptCallsV1)(self)
+        calls: Any = (
+            _ScriptCallsV2 if 'IScriptServiceV2' in self.capabilities() else _ScriptCallsV1
+        )(self)
         return _ScriptRun(calls, on_line, self._limits).run(body, task_id)
 
 
-class _ScriptCallsV2:
-    """The calls of `IScriptServiceV2`."""
-
-    def __init__(self, client: TentacleClient):
-        self._client = client
-        self._ticket = ScriptTicket(task_id=new_ticket())
-
-    def _call(self, method: str, command: Contract) -> ScriptStatusResponseV2:
-        return self._client._call_for(ScriptStatusResponseV2, 'IScriptServiceV2', method, command)
-
-    def start(self, body: str, task_id: str, wait: float) -> Any:
-        """The first status."""
-        return self._call('StartScript', StartScriptCommandV2(
-            ticket=self._ticket, script_body=body, task_id=task_id, duration_to_wait=wait,
-            mutex_timeout=NO_MUTEX_TIMEOUT, mutex_name=DEFAULT_MUTEX))
-
-    def status(self, after: int) -> Any:
-        return self._call('GetStatus', ScriptStatusRequestV2(ticket=self._ticket, last_log_sequence=after))
-
-    def cancel(self, after: int) -> Any:
-        return self._call('CancelScript', CancelScriptCommandV2(ticket=self._ticket, last_log_sequence=after))
-
-    def complete(self, after: int) -> None:
-        self._client.call('IScriptServiceV2', 'CompleteScript', CompleteScriptCommandV2(ticket=self._ticket))
-
-
-class _ScriptCallsV1:
-    """The same by `IScriptService`, where the tentacle names the ticket."""
-
-    def __init__(self, client: TentacleClient):
-        self._client = client
-        self._ticket: Optional[ScriptTicket] = None
-
-    def _call(self, method: str, command: Contract) -> ScriptStatusResponse:
-        return self._client._call_for(ScriptStatusResponse, 'IScriptService', method, command)
-
-    def start(self, body: str, task_id: str, wait: float) -> Any:
-        self._ticket = self._client._call_for(ScriptTicket, 'IScriptService', 'StartScript', StartScriptCommand(
-            script_body=body, task_id=task_id, mutex_timeout=NO_MUTEX_TIMEOUT, mutex_name=DEFAULT_MUTEX))
-        return self.status(0)
-
-    def status(self, after: int) -> Any:
-        return self._call('GetStatus', ScriptStatusRequest(ticket=self._ticket, last_log_sequence=after))
-
-    def cancel(self, after: int) -> Any:
-        return self._call('CancelScript', CancelScriptCommand(ticket=self._ticket, last_log_sequence=after))
-
-    def complete(self, after: int) -> None:
-        self._call('CompleteScript', CompleteScriptCommand(ticket=self._ticket, last_log_sequence=after))
-
-
-class _ScriptRun:
-    """Follows one script from start to completion, handing on each line once."""
-
-    _START_WAIT = 0.3                   # a short script is done within the start; a longer one shows its output soon
-    _PAUSES = (0.05, 0.1, 0.2, 0.4)     # between questions while nothing comes; back to the first when something does
-
-    def __init__(self, calls: Any, on_line: Callable[[OutputLine], None], limits: Limits):
-        self._calls = calls
-        self._on_line = on_line
-        self._limits = limits
-        self._remarks = RemarkFilter()
-        self._next = 0
-        self._state = PENDING
-        self._exit_code = 0
-
-    def run(self, body: str, task_id: str) -> int:
-        try:
-            self._take(self._calls.start(body, task_id, self._START_WAIT))
-            self._follow(lambda: self._ask(self._calls.status), float('inf'))
-        except ServiceError:
-            raise                                                    # it was not started
-        except BaseException:
-            self._cancel()
-            raise
-        self._complete()
-        return self._exit_code
-
-    def _take(self, status: Any) -> int:
-        """Hand on the lines that are new; how many there were."""
-        new = status.logs[max(self._next - (status.next_log_sequence - len(status.logs)), 0):]
-        self._next = max(self._next, status.next_log_sequence)
-        self._state, self._exit_code = status.state, status.exit_code
-        for entry in new:
-            self._on_line(self._remarks.line(entry))
-        return len(new)
-
-    def _ask(self, call: Callable[[int], Any]) -> Any:
-        """Ask for the status; again on a new connection where one broke, since asking changes nothing."""
-        for attempt in range(self._limits.reconnect_attempts):
-            try:
-                return call(self._next)
-            except ConnectionLost as error:
-                if attempt == self._limits.reconnect_attempts - 1:
-                    raise
-                logger.info('%s; asking again', error)
-                time.sleep(self._limits.reconnect_pause)
-
-    def _follow(self, ask: Callable[[], Any], deadline: float) -> None:
-        quiet = 0
-        while self._state != COMPLETE and time.monotonic() < deadline:
-            time.sleep(self._PAUSES[min(quiet, len(self._PAUSES) - 1)])
-            quiet = 0 if self._take(ask()) else quiet + 1
-
-    def _cancel(self) -> None:
-        """Cancel the script there and see it end; the reason for it is on its way to the caller."""
-        try:
-            self._follow(lambda: self._ask(self._calls.cancel), time.monotonic() + self._limits.cancelled_script)
-            self._complete()
-        except (TentacleError, OSError) as error:
-            logger.warning('The script could not be cancelled, it may go on there: %s', error)
-
-    def _complete(self) -> None:
-        try:
-            self._calls.complete(self._next)
-        except TentacleError as error:
-            logger.info('The workspace could not be removed there, it will be by and by: %s', error)
-
-
-# ---- 18. Configuration ---------------------------------------------------------------------------------------
-# The settings file is the original's: flat XML, one `set` a key; keys that are not ours are kept as they are.
+# ---- 18. Configuration ---------------------------------------------------------------------------
+# The settings file is the original's: flat XML, one `set` a key; keys that are not ours are kept as
+# they are.
 
 SETTINGS_NAME = 'tentacle-default.config'
 DEFAULT_INSTANCE = 'Tentacle'
@@ -3121,25 +3742,29 @@ KEY_LISTEN_IP = 'Tentacle.Services.ListenIP'
 KEY_TRUSTED = 'Tentacle.Communication.TrustedOctopusServers'
 KEY_APPLICATIONS = 'Tentacle.Deployment.ApplicationDirectory'
 KEY_THUMBPRINT = 'Tentacle.CertificateThumbprint'
-KEY_CERTIFICATE_FILE = 'TentaclePy.CertificateFile'                  # ours: the PEM file, relative to the settings
+KEY_CERTIFICATE_FILE = 'TentaclePy.CertificateFile'  # ours: the PEM file, relative to the settings
 
-STYLE_LISTENING = 1                                                  # CommunicationStyle TentaclePassive
+STYLE_LISTENING = 1  # CommunicationStyle TentaclePassive
 
 
 class Settings(NamedTuple):
     """What the settings file says, with the defaults of what it does not say."""
-    path: str                                   # of the settings file
+
+    path: str  # of the settings file
     home: str
     port: int
-    listen_address: str                         # '' = any
-    trusted: Tuple[str, ...]                    # thumbprints, in the order of the file
+    listen_address: str  # '' = any
+    trusted: Tuple[str, ...]  # thumbprints, in the order of the file
     applications: str
-    certificate_path: str                       # of the PEM file, which may not be there yet
+    certificate_path: str  # of the PEM file, which may not be there yet
 
 
 def read_settings_file(path: str) -> Dict[str, str]:
-    """The keys and texts of a settings file; {} where there is none. Raises TentacleError when it is damaged."""
+    """The keys and texts of a settings file; {} where there is none. Raises TentacleError when it
+    is damaged.
+    """
     from xml.etree import ElementTree
+
     try:
         root = ElementTree.parse(path).getroot()
     except FileNotFoundError:
@@ -3147,30 +3772,51 @@ def read_settings_file(path: str) -> Dict[str, str]:
     except OSError as error:
         raise TentacleError('The settings %s can not be read: %s' % (path, error.strerror))
     except (ElementTree.ParseError, ValueError) as error:
-        raise TentacleError('The settings %s are damaged (%s): mend the file, or move it away to start anew' % (path, error))
+        raise TentacleError(
+            'The settings %s are damaged (%s): mend the file, or move it away to start anew'
+            % (path, error)
+        )
     if root.tag != 'octopus-settings':
-        raise TentacleError('%s is no settings file: octopus-settings expected, %s found' % (path, printable(root.tag)))
+        raise TentacleError(
+            '%s is no settings file: octopus-settings expected, %s found'
+            % (path, printable(root.tag))
+        )
     return {element.get('key', ''): element.text or '' for element in root.iter('set')}
 
 
 def _settings_xml(values: Dict[str, str]) -> bytes:
     from xml.sax.saxutils import escape, quoteattr
-    lines = ['  <set key=%s>%s</set>' % (quoteattr(key), escape(text)) for key, text in sorted(values.items())]
-    return '\n'.join(['<?xml version="1.0" encoding="utf-8"?>',
-                      '<octopus-settings xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" '
-                      'xmlns:xsd="http://www.w3.org/2001/XMLSchema">'] + lines + ['</octopus-settings>', '']).encode()
+
+    lines = [
+        '  <set key=%s>%s</set>' % (quoteattr(key), escape(text))
+        for key, text in sorted(values.items())
+    ]
+    return '\n'.join(
+        [
+            '<?xml version="1.0" encoding="utf-8"?>',
+            '<octopus-settings xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" '
+            'xmlns:xsd="http://www.w3.org/2001/XMLSchema">',
+        ]
+        + lines
+        + ['</octopus-settings>', '']
+    ).encode()
 
 
 def change_settings(path: str, change: Callable[[Dict[str, str]], None]) -> None:
-    """Read, change and replace the settings file, while no other of our commands does. Raises TentacleError."""
+    """Read, change and replace the settings file, while no other of our commands does. Raises
+    TentacleError.
+    """
     import fcntl
+
     folder = os.path.dirname(path)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
     except OSError as error:
-        raise TentacleError('%s can not be used: %s. Choose another folder with --home DIR or $TENTACLE_HOME'
-                            % (folder, error.strerror))
+        raise TentacleError(
+            '%s can not be used: %s. Choose another folder with --home DIR or $TENTACLE_HOME'
+            % (folder, error.strerror)
+        )
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
         values = read_settings_file(path)
@@ -3183,30 +3829,53 @@ def change_settings(path: str, change: Callable[[Dict[str, str]], None]) -> None
 
 
 def read_trusted(values: Dict[str, str]) -> List[Dict[str, Any]]:
-    """The trusted servers as the settings have them: documents with `Thumbprint`, `CommunicationStyle` ..."""
+    """The trusted servers as the settings have them: documents with `Thumbprint`,
+    `CommunicationStyle` ...
+    """
     text = values.get(KEY_TRUSTED, '').strip()
     try:
         servers = json.loads(text) if text else []
         if not isinstance(servers, list) or not all(isinstance(server, dict) for server in servers):
             raise ValueError('a list of servers expected')
     except ValueError as error:
-        raise TentacleError('%s in the settings is damaged (%s): mend it, or `tentacle.py configure --reset-trust`'
-                            % (KEY_TRUSTED, error))
+        raise TentacleError(
+            '%s in the settings is damaged (%s): mend it, or `tentacle.py configure --reset-trust`'
+            % (KEY_TRUSTED, error)
+        )
     return servers
 
 
-def change_trust(path: str, add: Sequence[str] = (), remove: Sequence[str] = (), reset: bool = False) -> None:
+def change_trust(
+    path: str, add: Sequence[str] = (), remove: Sequence[str] = (), reset: bool = False
+) -> None:
     """Reset first, then remove, then add thumbprints. Raises TentacleError, UsageError."""
-    added, removed = [parse_thumbprint(text) for text in add], [parse_thumbprint(text) for text in remove]
+    added, removed = (
+        [parse_thumbprint(text) for text in add],
+        [parse_thumbprint(text) for text in remove],
+    )
 
     def change(values: Dict[str, str]) -> None:
-        servers = [] if reset else [server for server in read_trusted(values)
-                                    if str(server.get('Thumbprint')).upper() not in removed]
+        servers = (
+            []
+            if reset
+            else [
+                server
+                for server in read_trusted(values)
+                if str(server.get('Thumbprint')).upper() not in removed
+            ]
+        )
         known = {str(server.get('Thumbprint')).upper() for server in servers}
         for thumbprint in added:
             if thumbprint not in known:
-                servers.append({'Thumbprint': thumbprint, 'CommunicationStyle': STYLE_LISTENING, 'Address': None,
-                                'Squid': None, 'SubscriptionId': None})
+                servers.append(
+                    {
+                        'Thumbprint': thumbprint,
+                        'CommunicationStyle': STYLE_LISTENING,
+                        'Address': None,
+                        'Squid': None,
+                        'SubscriptionId': None,
+                    }
+                )
         values[KEY_TRUSTED] = json.dumps(servers, separators=(',', ':'))
 
     change_settings(path, change)
@@ -3218,19 +3887,31 @@ def read_settings(path: str) -> Settings:
     folder = os.path.dirname(path)
     port = values.get(KEY_PORT) or str(LISTENING_PORT)
     if not port.isdigit() or int(port) > 65535:
-        raise TentacleError('%s in %s must be a port from 0 to 65535, and is %s' % (KEY_PORT, path, printable(port)))
+        raise TentacleError(
+            '%s in %s must be a port from 0 to 65535, and is %s' % (KEY_PORT, path, printable(port))
+        )
     address = values.get(KEY_LISTEN_IP, '')
     return Settings(
-        path, values.get(KEY_HOME) or folder, int(port), '' if address.lower() == 'any' else address,
-        tuple(str(server.get('Thumbprint')).upper() for server in read_trusted(values) if server.get('Thumbprint')),
+        path,
+        values.get(KEY_HOME) or folder,
+        int(port),
+        '' if address.lower() == 'any' else address,
+        tuple(
+            str(server.get('Thumbprint')).upper()
+            for server in read_trusted(values)
+            if server.get('Thumbprint')
+        ),
         values.get(KEY_APPLICATIONS) or '/home/Octopus/Applications',
-        os.path.join(folder, values.get(KEY_CERTIFICATE_FILE) or CERTIFICATE_NAME))
+        os.path.join(folder, values.get(KEY_CERTIFICATE_FILE) or CERTIFICATE_NAME),
+    )
 
 
 def _default_instance() -> Optional[str]:
     """The settings file of this machine's default instance, where there is one."""
     machine_home = os.environ.get('TentacleMachineConfigurationHomeDirectory') or '/etc/octopus'
-    record = os.path.join(machine_home, 'Tentacle', 'Instances', DEFAULT_INSTANCE.lower() + '.config')
+    record = os.path.join(
+        machine_home, 'Tentacle', 'Instances', DEFAULT_INSTANCE.lower() + '.config'
+    )
     try:
         with open(record, encoding='utf-8-sig') as file:
             path = json.load(file)['ConfigurationFilePath']
@@ -3240,7 +3921,9 @@ def _default_instance() -> Optional[str]:
 
 
 def find_settings(home: Optional[str] = None) -> str:
-    """The settings file: of `home`, else $TENTACLE_HOME, else the default instance's, else the user's own."""
+    """The settings file: of `home`, else $TENTACLE_HOME, else the default instance's, else the
+    user's own.
+    """
     home = home or os.environ.get('TENTACLE_HOME')
     if home:
         return os.path.join(os.path.abspath(home), SETTINGS_NAME)
@@ -3251,8 +3934,23 @@ def find_settings(home: Optional[str] = None) -> str:
     return os.path.join(home, SETTINGS_NAME)
 
 
+def record_identity(settings: Settings, identity: Identity) -> None:
+    """Name our certificate in the settings."""
+
+    def change(values: Dict[str, str]) -> None:
+        values.setdefault(KEY_HOME, settings.home)
+        values[KEY_THUMBPRINT] = identity.thumbprint
+        values[KEY_CERTIFICATE_FILE] = os.path.relpath(
+            identity.path, os.path.dirname(settings.path)
+        )
+
+    change_settings(settings.path, change)
+
+
 def our_identity(settings: Settings) -> Identity:
-    """The identity that the settings name; a missing one is made, and named in the settings. Raises TentacleError."""
+    """The identity that the settings name; a missing one is made, and named in the settings. Raises
+    TentacleError.
+    """
     try:
         return load_identity(settings.certificate_path)
     except FileNotFoundError:
@@ -3262,35 +3960,39 @@ def our_identity(settings: Settings) -> Identity:
     return identity
 
 
-def record_identity(settings: Settings, identity: Identity) -> None:
-    """Name our certificate in the settings."""
-    def change(values: Dict[str, str]) -> None:
-        values.setdefault(KEY_HOME, settings.home)
-        values[KEY_THUMBPRINT] = identity.thumbprint
-        values[KEY_CERTIFICATE_FILE] = os.path.relpath(identity.path, os.path.dirname(settings.path))
-    change_settings(settings.path, change)
-
-
 def script_environment(settings: Settings) -> Dict[str, str]:
     """The environment of a script (wire notes 4): ours, and what deployments look for."""
     environment = dict(os.environ)
     program = os.path.abspath(__file__)
-    environment.update({
-        'TentacleHome': settings.home, 'TentacleApplications': settings.applications,
-        'TentacleJournal': os.path.join(settings.home, 'DeploymentJournal.xml'),
-        'CalamariPackageRetentionJournalPath': os.path.join(settings.home, 'PackageRetentionJournal.json'),
-        'TentacleInstanceName': DEFAULT_INSTANCE, 'TentacleVersion': TENTACLE_VERSION, 'TentaclePyVersion': __version__,
-        'TentacleExecutablePath': program, 'TentacleProgramDirectoryPath': os.path.dirname(program),
-        'AgentProgramDirectoryPath': os.path.dirname(program),
-        'TentacleUseDefaultProxy': 'True', 'TentacleProxyHost': '', 'TentacleProxyPort': '80',
-        'TentacleProxyUsername': '', 'TentacleProxyPassword': ''})
+    environment.update(
+        {
+            'TentacleHome': settings.home,
+            'TentacleApplications': settings.applications,
+            'TentacleJournal': os.path.join(settings.home, 'DeploymentJournal.xml'),
+            'CalamariPackageRetentionJournalPath': os.path.join(
+                settings.home, 'PackageRetentionJournal.json'
+            ),
+            'TentacleInstanceName': DEFAULT_INSTANCE,
+            'TentacleVersion': TENTACLE_VERSION,
+            'TentaclePyVersion': __version__,
+            'TentacleExecutablePath': program,
+            'TentacleProgramDirectoryPath': os.path.dirname(program),
+            'AgentProgramDirectoryPath': os.path.dirname(program),
+            'TentacleUseDefaultProxy': 'True',
+            'TentacleProxyHost': '',
+            'TentacleProxyPort': '80',
+            'TentacleProxyUsername': '',
+            'TentacleProxyPassword': '',
+        }
+    )
     return environment
 
 
 class TrustedThumbprints:
     """The pinned thumbprints: those given for this run, and the settings' as they are now.
 
-    Called for every connection, from its thread: a look at the file's time, and a read when it changed.
+    Called for every connection, from its thread: a look at the file's time, and a read when it
+    changed.
     """
 
     def __init__(self, path: str, given: Iterable[str] = ()):
@@ -3306,7 +4008,7 @@ class TrustedThumbprints:
                 details = os.stat(self._path)
                 seen: Any = (details.st_mtime_ns, details.st_ino, details.st_size)
             except OSError:
-                seen = None                                          # gone: what it said last holds
+                seen = None  # gone: what it said last holds
             if seen is not None and seen != self._seen:
                 self._seen = seen
                 try:
@@ -3316,12 +4018,25 @@ class TrustedThumbprints:
             return self._trusted | self._given
 
 
-class Targets:
-    """`<home>/targets`: the tentacles that a dispatcher knows, a section each, like ssh's known_hosts.
+def _set_in_section(text: str, section: str, key: str, value: str) -> str:
+    """An INI text with one value changed, or added to its section; all else stays as it is."""
+    lines = text.split('\n')
+    start = next(i for i, line in enumerate(lines) if line.strip() == '[%s]' % section)
+    end = next(
+        (i for i in range(start + 1, len(lines)) if lines[i].lstrip().startswith('[')), len(lines)
+    )
+    for i in range(start + 1, end):
+        if lines[i].split('=')[0].strip().lower() == key:
+            lines[i] = '%s = %s' % (key, value)
+            return '\n'.join(lines)
+    return '\n'.join(lines[: start + 1] + ['%s = %s' % (key, value)] + lines[start + 1 :])
 
-        [web-1]
-        uri = https://web-1:10933/
-        thumbprint = 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3
+
+class Targets:
+    """`<home>/targets`: the tentacles that a dispatcher knows, a section each, like ssh's
+    known_hosts.
+
+    [web-1] uri = https://web-1:10933/ thumbprint = 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3
     """
 
     def __init__(self, home: str):
@@ -3338,17 +4053,27 @@ class Targets:
 
     def _parse(self) -> Any:
         import configparser
-        parser = configparser.ConfigParser(interpolation=None, delimiters=('=',), default_section='')
+
+        parser = configparser.ConfigParser(
+            interpolation=None, delimiters=('=',), default_section=''
+        )
         try:
             parser.read_string(self._text, self.path)
         except configparser.Error as error:
-            raise TentacleError('The targets file is damaged, mend that line: %s' % ' '.join(str(error).split()))
+            raise TentacleError(
+                'The targets file is damaged, mend that line: %s' % ' '.join(str(error).split())
+            )
         return parser
 
     def find(self, target: str) -> ServiceEndPoint:
-        """The endpoint of a name or of an address, with its pinned thumbprint if there is one. Raises UsageError."""
+        """The endpoint of a name or of an address, with its pinned thumbprint if there is one.
+        Raises UsageError.
+        """
         if target.startswith('poll://'):
-            raise UsageError('%s is a polling tentacle, and this version calls listening ones alone' % printable(target))
+            raise UsageError(
+                '%s is a polling tentacle, and this version calls listening ones alone'
+                % printable(target)
+            )
         if self._sections.has_section(target):
             return self._endpoint(target)
         uri = parse_target_uri(target)
@@ -3362,48 +4087,58 @@ class Targets:
         section = self._sections[name]
         try:
             thumbprint = section.get('thumbprint')
-            return ServiceEndPoint(parse_target_uri(section.get('uri') or name), thumbprint and parse_thumbprint(thumbprint))
+            return ServiceEndPoint(
+                parse_target_uri(section.get('uri') or name),
+                thumbprint and parse_thumbprint(thumbprint),
+            )
         except UsageError as error:
-            raise TentacleError('The target [%s] in %s is damaged: %s' % (printable(name), self.path, error))
+            raise TentacleError(
+                'The target [%s] in %s is damaged: %s' % (printable(name), self.path, error)
+            )
 
     def pin(self, target: str, endpoint: ServiceEndPoint) -> None:
-        """Keep an endpoint's thumbprint: in its section where it has one, else in a new one at the end."""
-        names = [name for name in self._sections.sections() if self._endpoint(name).uri == endpoint.uri]
+        """Keep an endpoint's thumbprint: in its section where it has one, else in a new one at the
+        end.
+        """
+        names = [
+            name for name in self._sections.sections() if self._endpoint(name).uri == endpoint.uri
+        ]
         for name in names:
             self._text = _set_in_section(self._text, name, 'thumbprint', endpoint.thumbprint or '')
         if not names:
-            name = target if '://' not in target and '[' not in target else '%s:%d' % endpoint.address
+            name = (
+                target if '://' not in target and '[' not in target else '%s:%d' % endpoint.address
+            )
             self._text += '%s[%s]\nuri = %s\nthumbprint = %s\n' % (
-                '' if not self._text else '\n' if self._text.endswith('\n') else '\n\n', name, endpoint.uri,
-                endpoint.thumbprint)
+                '' if not self._text else '\n' if self._text.endswith('\n') else '\n\n',
+                name,
+                endpoint.uri,
+                endpoint.thumbprint,
+            )
         write_private(self.path, self._text.encode())
         self._sections = self._parse()
 
 
-def _set_in_section(text: str, section: str, key: str, value: str) -> str:
-    """An INI text with one value changed, or added to its section; all else stays as it is."""
-    lines = text.split('\n')
-    start = next(i for i, line in enumerate(lines) if line.strip() == '[%s]' % section)
-    end = next((i for i in range(start + 1, len(lines)) if lines[i].lstrip().startswith('[')), len(lines))
-    for i in range(start + 1, end):
-        if lines[i].split('=')[0].strip().lower() == key:
-            lines[i] = '%s = %s' % (key, value)
-            return '\n'.join(lines)
-    return '\n'.join(lines[:start + 1] + ['%s = %s' % (key, value)] + lines[start + 1:])
+# ---- 19. Command line ----------------------------------------------------------------------------
 
 
-# ---- 19. Command line ----------------------------------------------------------------------------------------
-
-def run(uri: str, script: str, thumbprint: str, home: Optional[str] = None,
-        on_line: Optional[Callable[[OutputLine], None]] = None) -> ScriptResult:
+def run(
+    uri: str,
+    script: str,
+    thumbprint: str,
+    home: Optional[str] = None,
+    on_line: Optional[Callable[[OutputLine], None]] = None,
+) -> ScriptResult:
     """Run a script on a listening tentacle and wait for its end.
 
-    `uri` is `https://host:10933/` (or `host`, `host:port`), `thumbprint` that of the tentacle's certificate, and
-    `home` where our own identity is (default as for the command line); the tentacle must trust it. `on_line` gets
-    each line as it comes, in this thread. Raises TentacleError and what stands below it.
+    `uri` is `https://host:10933/` (or `host`, `host:port`), `thumbprint` that of the tentacle's
+    certificate, and `home` where our own identity is (default as for the command line); the
+    tentacle must trust it. `on_line` gets each line as it comes, in this thread. Raises
+    TentacleError and what stands below it.
 
         import tentacle
-        result = tentacle.run("https://host:10933/", "echo hi", thumbprint="6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3")
+        result = tentacle.run("https://host:10933/", "echo hi",
+                              thumbprint="6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3")
         print(result.exit_code, result.stdout)
     """
     endpoint = ServiceEndPoint(parse_target_uri(uri), parse_thumbprint(thumbprint))
@@ -3420,28 +4155,32 @@ def run(uri: str, script: str, thumbprint: str, home: Optional[str] = None,
 
 class Command(NamedTuple):
     """A verb of the command line: its help, its options and what it does stand together."""
+
     name: str
     help: str
     example: str
     options: Tuple[Tuple[Tuple[str, ...], Dict[str, Any]], ...]
     function: Callable[[Any], int]
-    words: str                          # what may follow after --, '' = nothing may
+    words: str  # what may follow after --, '' = nothing may
 
 
 COMMANDS: 'OrderedDict[str, Command]' = OrderedDict()
 
 
-def option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+def _option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
     """An argument as `argparse` takes it."""
     return names, settings
 
 
-def command(name: str, help: str, example: str, *options: Any, words: str = ''
-            ) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
+def _command(
+    name: str, help: str, example: str, *options: Any, words: str = ''
+) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
     """Declare a verb: the function below it gets the parsed arguments and gives the exit code."""
+
     def register(function: Callable[[Any], int]) -> Callable[[Any], int]:
         COMMANDS[name] = Command(name, help, example, options, function, words)
         return function
+
     return register
 
 
@@ -3457,6 +4196,7 @@ def _settings(arguments: Any) -> Settings:
 def _program(arguments: Any, verb: str) -> str:
     """A command line of ours for a person to copy."""
     import shlex
+
     words = ['python3', os.path.abspath(__file__)] + verb.split()
     if arguments.home:
         words += ['--home', os.path.abspath(arguments.home)]
@@ -3484,11 +4224,23 @@ def _wait_for_signal(*signals: int) -> int:
     return came[0]
 
 
-@command('listen', 'be a listening tentacle, until SIGTERM or Ctrl-C',
-         'tentacle.py listen --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
-         option('--port', metavar='N', help='port to listen on, 0 = a free one (default: as configured, else 10933)'),
-         option('--trust', metavar='THUMBPRINT', action='append', default=[],
-                help='also trust this certificate, for this run; may be repeated'))
+@_command(
+    'listen',
+    'be a listening tentacle, until SIGTERM or Ctrl-C',
+    'tentacle.py listen --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
+    _option(
+        '--port',
+        metavar='N',
+        help='port to listen on, 0 = a free one (default: as configured, else 10933)',
+    ),
+    _option(
+        '--trust',
+        metavar='THUMBPRINT',
+        action='append',
+        default=[],
+        help='also trust this certificate, for this run; may be repeated',
+    ),
+)
 def _listen(arguments: Any) -> int:
     given = [parse_thumbprint(text) for text in arguments.trust]
     settings = _settings(arguments)
@@ -3496,18 +4248,30 @@ def _listen(arguments: Any) -> int:
     identity = our_identity(settings)
     trusted = TrustedThumbprints(settings.path, given)
     try:
-        agent = ListeningTentacle(settings.home, identity, trusted, settings.listen_address, port,
-                                  lambda: script_environment(settings), _program(arguments, 'configure --trust'))
+        agent = ListeningTentacle(
+            settings.home,
+            identity,
+            trusted,
+            settings.listen_address,
+            port,
+            lambda: script_environment(settings),
+            _program(arguments, 'configure --trust'),
+        )
     except OSError as error:
-        raise TentacleError('%s can not be used: %s. Choose another folder with --home DIR or $TENTACLE_HOME'
-                            % (settings.home, error.strerror))
+        raise TentacleError(
+            '%s can not be used: %s. Choose another folder with --home DIR or $TENTACLE_HOME'
+            % (settings.home, error.strerror)
+        )
     logger.info('tentacle.py %s, our thumbprint is %s', __version__, identity.thumbprint)
     pinned = trusted()
     for thumbprint in sorted(pinned):
         say('Agent will trust Octopus Servers with the thumbprint: ' + thumbprint)
     if not pinned:
-        say('Agent trusts no Octopus Server yet, so it will refuse every connection. To trust one: %s THUMBPRINT'
-            % _program(arguments, 'configure --trust'))
+        say(
+            'Agent trusts no Octopus Server yet, so it will refuse every connection. '
+            'To trust one: %s THUMBPRINT'
+            % _program(arguments, 'configure --trust')
+        )
     agent.start()
     say('listen://%s/ ... Listener started' % agent.address)
     say('Agent listening on: %s' % agent.address)
@@ -3521,9 +4285,13 @@ def _read_script(arguments: Any) -> str:
     """The script that `exec` was given. Raises UsageError."""
     words = arguments.words
     if bool(words) == (arguments.script is not None):
-        raise UsageError('give the script as --script FILE, as --script - (standard input), or as a command after --')
+        raise UsageError(
+            'give the script as --script FILE, as --script - (standard input), '
+            'or as a command after --'
+        )
     if words:
         import shlex
+
         return words[0] if len(words) == 1 else ' '.join(shlex.quote(word) for word in words)
     name = 'standard input' if arguments.script == '-' else arguments.script
     try:
@@ -3536,7 +4304,10 @@ def _read_script(arguments: Any) -> str:
     except OSError as error:
         raise UsageError('The script %s can not be read: %s' % (printable(name), error.strerror))
     except UnicodeDecodeError as error:
-        raise UsageError('The script %s is not UTF-8 (byte %d): save it as UTF-8' % (printable(name), error.start))
+        raise UsageError(
+            'The script %s is not UTF-8 (byte %d): save it as UTF-8'
+            % (printable(name), error.start)
+        )
     if not text.strip():
         raise UsageError('The script %s is empty' % printable(name))
     return text
@@ -3545,13 +4316,17 @@ def _read_script(arguments: Any) -> str:
 def _pinned_target(arguments: Any, settings: Settings) -> ServiceEndPoint:
     endpoint = Targets(settings.home).find(arguments.target)
     if endpoint.thumbprint is None:
-        raise UntrustedThumbprint('%s is not known here, so it is not called. See its thumbprint and trust it: %s %s'
-                                  % (printable(arguments.target), _program(arguments, 'trust'), arguments.target))
+        raise UntrustedThumbprint(
+            '%s is not known here, so it is not called. See its thumbprint and trust it: %s %s'
+            % (printable(arguments.target), _program(arguments, 'trust'), arguments.target)
+        )
     return endpoint
 
 
 class _LinePrinter:
-    """Prints a script's lines as they come: its stdout on ours, its stderr on ours, remarks when asked for."""
+    """Prints a script's lines as they come: its stdout on ours, its stderr on ours, remarks when
+    asked for.
+    """
 
     def __init__(self, verbose: bool):
         self._verbose = verbose
@@ -3572,12 +4347,15 @@ _EXIT_CODE_MEANINGS = {
 }
 
 
-@command('exec', 'run a script on a tentacle, and see its output as it comes',
-         'tentacle.py exec web-1 -- uptime\n  tentacle.py exec web-1 -- "df -h | tail -3"\n'
-         '  tentacle.py exec web-1 --script deploy.sh',
-         option('target', metavar='TARGET', help='name, HOST[:PORT] or https://HOST:PORT/'),
-         option('--script', metavar='FILE', help='the script; - is standard input'),
-         words='-- COMMAND: one word is a line for the shell, several are a command and its arguments')
+@_command(
+    'exec',
+    'run a script on a tentacle, and see its output as it comes',
+    'tentacle.py exec web-1 -- uptime\n  tentacle.py exec web-1 -- "df -h | tail -3"\n'
+    '  tentacle.py exec web-1 --script deploy.sh',
+    _option('target', metavar='TARGET', help='name, HOST[:PORT] or https://HOST:PORT/'),
+    _option('--script', metavar='FILE', help='the script; - is standard input'),
+    words='-- COMMAND: one word is a line for the shell, several are a command and its arguments',
+)
 def _exec(arguments: Any) -> int:
     script = _read_script(arguments)
     settings = _settings(arguments)
@@ -3585,25 +4363,17 @@ def _exec(arguments: Any) -> int:
     with TentacleClient(endpoint, our_identity(settings)) as client:
         exit_code = client.run_script(script, _LinePrinter(arguments.verbose))
     if exit_code < 0:
-        print('The script ended with code %d: %s' % (exit_code, _EXIT_CODE_MEANINGS.get(exit_code, 'not its own')),
-              file=sys.stderr)
-    return exit_code if 0 <= exit_code <= 255 else exit_code & 0xff or 1
+        print(
+            'The script ended with code %d: %s'
+            % (exit_code, _EXIT_CODE_MEANINGS.get(exit_code, 'not its own')),
+            file=sys.stderr,
+        )
+    return exit_code if 0 <= exit_code <= 255 else exit_code & 0xFF or 1
 
 
-@command('trust', 'see the other side\'s thumbprint and pin it, like ssh\'s known_hosts',
-         'tentacle.py trust web-1\n  tentacle.py trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
-         option('target', metavar='TARGET | THUMBPRINT',
-                help='a tentacle to call; or the thumbprint of one who may call us'),
-         option('--yes', action='store_true', help='do not ask'))
-def _trust(arguments: Any) -> int:
-    settings = _settings(arguments)
-    try:
-        thumbprint = parse_thumbprint(arguments.target)
-    except UsageError:
-        return _trust_target(arguments, settings)
-    change_trust(settings.path, add=[thumbprint])
-    say('Trusted to call this host: ' + thumbprint)
-    return 0
+def _confirmed(question: str) -> bool:
+    print(question, end='', file=sys.stderr, flush=True)
+    return sys.stdin.readline().strip().lower() in ('y', 'yes')
 
 
 def _trust_target(arguments: Any, settings: Settings) -> int:
@@ -3619,7 +4389,10 @@ def _trust_target(arguments: Any, settings: Settings) -> int:
         say('It is trusted already.')
         return 0
     if endpoint.thumbprint:
-        print('IT HAS CHANGED: pinned is %s. Make sure that you know why.' % endpoint.thumbprint, file=sys.stderr)
+        print(
+            'IT HAS CHANGED: pinned is %s. Make sure that you know why.' % endpoint.thumbprint,
+            file=sys.stderr,
+        )
     print('Compare it with what `tentacle.py show-thumbprint` prints there.', file=sys.stderr)
     if not arguments.yes and not _confirmed('Trust it? [y/N] '):
         raise TentacleError('Not trusted; nothing was changed.')
@@ -3628,17 +4401,48 @@ def _trust_target(arguments: Any, settings: Settings) -> int:
     return 0
 
 
-def _confirmed(question: str) -> bool:
-    print(question, end='', file=sys.stderr, flush=True)
-    return sys.stdin.readline().strip().lower() in ('y', 'yes')
+@_command(
+    'trust',
+    'see the other side\'s thumbprint and pin it, like ssh\'s known_hosts',
+    'tentacle.py trust web-1\n  tentacle.py trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
+    _option(
+        'target',
+        metavar='TARGET | THUMBPRINT',
+        help='a tentacle to call; or the thumbprint of one who may call us',
+    ),
+    _option('--yes', action='store_true', help='do not ask'),
+)
+def _trust(arguments: Any) -> int:
+    settings = _settings(arguments)
+    try:
+        thumbprint = parse_thumbprint(arguments.target)
+    except UsageError:
+        return _trust_target(arguments, settings)
+    change_trust(settings.path, add=[thumbprint])
+    say('Trusted to call this host: ' + thumbprint)
+    return 0
 
 
-@command('configure', 'change who may call us, kept in the settings',
-         'tentacle.py configure --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
-         option('--trust', metavar='THUMBPRINT', action='append', default=[], help='trust it; may be repeated'),
-         option('--remove-trust', metavar='THUMBPRINT', action='append', default=[],
-                help='trust it no more; may be repeated'),
-         option('--reset-trust', action='store_true', help='first forget all that are trusted'))
+@_command(
+    'configure',
+    'change who may call us, kept in the settings',
+    'tentacle.py configure --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
+    _option(
+        '--trust',
+        metavar='THUMBPRINT',
+        action='append',
+        default=[],
+        help='trust it; may be repeated',
+    ),
+    _option(
+        '--remove-trust',
+        metavar='THUMBPRINT',
+        action='append',
+        default=[],
+        help='trust it no more; may be repeated',
+    ),
+    _option('--reset-trust', action='store_true', help='first forget all that are trusted'),
+)
 def _configure(arguments: Any) -> int:
     if not (arguments.trust or arguments.remove_trust or arguments.reset_trust):
         raise UsageError('nothing to change: --trust, --remove-trust or --reset-trust expected')
@@ -3649,9 +4453,12 @@ def _configure(arguments: Any) -> int:
     return 0
 
 
-@command('new-certificate', 'make a new certificate and use it; the other sides must then trust its thumbprint',
-         'tentacle.py new-certificate --if-blank',
-         option('--if-blank', action='store_true', help='only when there is none yet'))
+@_command(
+    'new-certificate',
+    'make a new certificate and use it; the other sides must then trust its thumbprint',
+    'tentacle.py new-certificate --if-blank',
+    _option('--if-blank', action='store_true', help='only when there is none yet'),
+)
 def _new_certificate(arguments: Any) -> int:
     settings = _settings(arguments)
     if arguments.if_blank and os.path.exists(settings.certificate_path):
@@ -3664,36 +4471,54 @@ def _new_certificate(arguments: Any) -> int:
     return 0
 
 
-@command('import-certificate', 'use the certificate and key of a PEM or PFX file',
-         'tentacle.py import-certificate --from-file old.pfx --pfx-password secret',
-         option('--from-file', metavar='FILE', required=True, help='PEM with both, or PFX (needs the openssl program)'),
-         option('--pfx-password', metavar='PASSWORD', default='', help='the password of the PFX file (default: empty)'))
+@_command(
+    'import-certificate',
+    'use the certificate and key of a PEM or PFX file',
+    'tentacle.py import-certificate --from-file old.pfx --pfx-password secret',
+    _option(
+        '--from-file',
+        metavar='FILE',
+        required=True,
+        help='PEM with both, or PFX (needs the openssl program)',
+    ),
+    _option(
+        '--pfx-password',
+        metavar='PASSWORD',
+        default='',
+        help='the password of the PFX file (default: empty)',
+    ),
+)
 def _import_certificate(arguments: Any) -> int:
     settings = _settings(arguments)
-    identity = import_identity(arguments.from_file, settings.certificate_path, arguments.pfx_password)
+    identity = import_identity(
+        arguments.from_file, settings.certificate_path, arguments.pfx_password
+    )
     record_identity(settings, identity)
     say('The certificate was imported, its thumbprint is ' + identity.thumbprint)
     return 0
 
 
-@command('show-thumbprint', 'print our thumbprint, for the other side to trust', 'tentacle.py show-thumbprint')
+@_command(
+    'show-thumbprint',
+    'print our thumbprint, for the other side to trust',
+    'tentacle.py show-thumbprint',
+)
 def _show_thumbprint(arguments: Any) -> int:
     # Without a line's end, as the original has it, but for a person at a terminal.
-    print(our_identity(_settings(arguments)).thumbprint, end='\n' if sys.stdout.isatty() else '', flush=True)
+    print(
+        our_identity(_settings(arguments)).thumbprint,
+        end='\n' if sys.stdout.isatty() else '',
+        flush=True,
+    )
     return 0
 
 
-@command('demo', 'see it work on this machine, in seconds', 'tentacle.py demo')
-def _demo(arguments: Any) -> int:
-    import tempfile
-    with tempfile.TemporaryDirectory(prefix='tentacle-demo-') as folder:
-        return _Demo(folder).run()
-
-
 class _Demo:
-    """An agent and a dispatcher on loopback, each with a fresh identity, as two people would set them up."""
+    """An agent and a dispatcher on loopback, each with a fresh identity, as two people would set
+    them up.
+    """
 
-    _SCRIPT = 'echo "Hello from $(hostname), run by the tentacle in $PWD"; echo "stderr comes too" >&2; exit 7'
+    _SCRIPT = 'echo "Hello from $(hostname), in $PWD"; echo "stderr comes too" >&2; exit 7'
 
     def __init__(self, folder: str):
         self._folder = folder
@@ -3702,33 +4527,50 @@ class _Demo:
 
     def _command(self, home: str, *words: str) -> List[str]:
         import shlex
-        say('$ tentacle.py ' + ' '.join(shlex.quote(word.replace(self._folder, '...')) for word in words))
-        return [sys.executable, os.path.abspath(__file__)] + [words[0], '--home', home] + list(words[1:])
+
+        say(
+            '$ tentacle.py '
+            + ' '.join(shlex.quote(word.replace(self._folder, '...')) for word in words)
+        )
+        return (
+            [sys.executable, os.path.abspath(__file__)]
+            + [words[0], '--home', home]
+            + list(words[1:])
+        )
 
     def _output(self, home: str, *words: str) -> str:
         import subprocess
-        output = subprocess.check_output(self._command(home, *words), stderr=subprocess.DEVNULL).decode()
+
+        output = subprocess.check_output(
+            self._command(home, *words), stderr=subprocess.DEVNULL
+        ).decode()
         say('  ' + output.strip().replace('\n', '\n  '))
         return output
 
     def run(self) -> int:
         import subprocess
+
         say('-- The dispatcher makes its identity')
         ours = self._output(self._dispatcher_home, 'show-thumbprint')
         say('-- The host starts a listening tentacle that trusts it')
-        agent = subprocess.Popen(self._command(self._agent_home, 'listen', '--port', '0', '--trust', ours),
-                                 stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        agent = subprocess.Popen(
+            self._command(self._agent_home, 'listen', '--port', '0', '--trust', ours),
+            stdout=subprocess.PIPE,
+            stderr=subprocess.DEVNULL,
+        )
         try:
             address = self._listening_address(agent.stdout)
             say('-- The dispatcher sees the host\'s thumbprint and trusts it')
             self._output(self._dispatcher_home, 'trust', '--yes', address)
             say('-- A script runs there, its output and exit code come here')
-            exit_code = subprocess.call(self._command(self._dispatcher_home, 'exec', address, '--', self._SCRIPT))
+            exit_code = subprocess.call(
+                self._command(self._dispatcher_home, 'exec', address, '--', self._SCRIPT)
+            )
             say('  exit code %d, as the script has it' % exit_code)
         finally:
             agent.terminate()
             agent.wait()
-            agent.stdout.close()                                     # type: ignore[union-attr]
+            agent.stdout.close()  # type: ignore[union-attr]
         say('-- Done; both homes are removed')
         return 0 if exit_code == 7 else 1
 
@@ -3741,23 +4583,43 @@ class _Demo:
         raise TentacleError('The agent did not start; see why: tentacle.py listen')
 
 
+@_command('demo', 'see it work on this machine, in seconds', 'tentacle.py demo')
+def _demo(arguments: Any) -> int:
+    import tempfile
+
+    with tempfile.TemporaryDirectory(prefix='tentacle-demo-') as folder:
+        return _Demo(folder).run()
+
+
 _COMMON_OPTIONS = (
-    option('--home', metavar='DIR', help='where identity, settings and workspaces are (default: $TENTACLE_HOME, else '
-           'this machine\'s default instance, else /etc/octopus/default for root and ~/.tentacle for others)'),
-    option('-v', '--verbose', action='store_true', help='say more, on stderr'))
+    _option(
+        '--home',
+        metavar='DIR',
+        help='where identity, settings and workspaces are (default: $TENTACLE_HOME, else '
+        "this machine's default instance, else /etc/octopus/default for root and ~/.tentacle for "
+        'others)',
+    ),
+    _option('-v', '--verbose', action='store_true', help='say more, on stderr'),
+)
 
 
 def _parse_command_line(argv: List[str]) -> Tuple[Optional[Command], Any]:
-    """(verb, its arguments); (None, None) when there is none. Only the parser of that verb is built."""
+    """(verb, its arguments); (None, None) when there is none. Only the parser of that verb is
+    built.
+    """
     import argparse
+
     formatter = argparse.RawDescriptionHelpFormatter
     verb = COMMANDS.get(argv[0]) if argv else None
     if verb is None:
         overview = argparse.ArgumentParser(
-            prog='tentacle.py', usage='tentacle.py COMMAND [options]', formatter_class=formatter,
+            prog='tentacle.py',
+            usage='tentacle.py COMMAND [options]',
+            formatter_class=formatter,
             description='An Octopus Tentacle in one Python file, and a dispatcher for it.',
             epilog='commands:\n%s\n\ntentacle.py COMMAND --help says more, with an example.'
-                   % '\n'.join('  %-20s%s' % (entry.name, entry.help) for entry in COMMANDS.values()))
+            % '\n'.join('  %-20s%s' % (entry.name, entry.help) for entry in COMMANDS.values()),
+        )
         overview.add_argument('--version', action='version', version=__version__)
         overview.add_argument('command', nargs='?', help=argparse.SUPPRESS)
         name = overview.parse_args(argv).command
@@ -3765,13 +4627,17 @@ def _parse_command_line(argv: List[str]) -> Tuple[Optional[Command], Any]:
             overview.error('%s is no command; tentacle.py --help lists them' % printable(name))
         overview.print_help()
         return None, None
-    parser = argparse.ArgumentParser(prog='tentacle.py ' + verb.name, description=verb.help, formatter_class=formatter,
-                                     epilog='%sexample:\n  %s' % (verb.words and verb.words + '\n\n', verb.example))
+    parser = argparse.ArgumentParser(
+        prog='tentacle.py ' + verb.name,
+        description=verb.help,
+        formatter_class=formatter,
+        epilog='%sexample:\n  %s' % (verb.words and verb.words + '\n\n', verb.example),
+    )
     for names, settings in verb.options + _COMMON_OPTIONS:
         parser.add_argument(*names, **settings)
     cut = argv.index('--') if verb.words and '--' in argv else len(argv)
     arguments = parser.parse_args(argv[1:cut])
-    arguments.words = argv[cut + 1:]
+    arguments.words = argv[cut + 1 :]
     return verb, arguments
 
 
@@ -3785,11 +4651,14 @@ def _log_to_stderr(verbose: bool) -> None:
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line; the exit code. Nothing but a bug comes out as a traceback."""
     if os.name != 'posix':
-        print('tentacle.py is for Linux and other POSIX systems; on Windows use the original Octopus Tentacle.',
-              file=sys.stderr)
+        print(
+            'tentacle.py is for Linux and other POSIX systems; on Windows use the original '
+            'Octopus Tentacle.',
+            file=sys.stderr,
+        )
         return 1
     for stream in (sys.stdout, sys.stderr):
-        stream.reconfigure(errors='backslashreplace')                # type: ignore[union-attr]
+        stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
     verb, arguments = _parse_command_line(list(sys.argv[1:] if argv is None else argv))
     if verb is None:
         return 2
@@ -3801,7 +4670,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return error.exit_code
     except KeyboardInterrupt:
         return 130
-    except BrokenPipeError:                                          # who read our output has left
+    except BrokenPipeError:  # who read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
 
