@@ -62,22 +62,21 @@ __file__ = sys.argv[0]
 _as_module = True
 exec(SourceFileLoader(__name__, __file__).get_code(__name__))"""
 
-if (
-    __name__ == '__main__'
-    and '_as_module' not in globals()
-    and sys.argv[1:2]
-    and sys.argv[1] in _RESIDENT_VERBS
-):
-    os.execv(
-        sys.executable,
-        [sys.executable, '-I', '-S']
-        + ['-B'] * sys.dont_write_bytecode
-        + ['-c', _RUN_AS_MODULE, os.path.abspath(__file__)]
-        + sys.argv[1:],
-    )
+
+def module_command(*arguments: str) -> list:
+    """The command line that runs this file as a module."""
+    options = ['-I', '-S'] + ['-B'] * sys.dont_write_bytecode
+    program = os.path.abspath(__file__)
+    return [sys.executable] + options + ['-c', _RUN_AS_MODULE, program] + list(arguments)
+
+
+if __name__ == '__main__' and '_as_module' not in globals() and sys.argv[1:2]:
+    if sys.argv[1] in _RESIDENT_VERBS:
+        os.execv(sys.executable, module_command(*sys.argv[1:]))
 
 import base64
 import codecs
+import contextlib
 import errno
 import hashlib
 import io
@@ -107,6 +106,7 @@ from typing import (
     Iterable,
     Iterator,
     List,
+    Mapping,
     NamedTuple,
     Optional,
     Sequence,
@@ -152,8 +152,7 @@ class ConnectionLost(TentacleError):
 
 
 class UntrustedThumbprint(TentacleError):
-    """One side does not trust the other's certificate: dialling again does not help, pinning does.
-    """
+    """One side does not trust the other's certificate: pinning helps, dialling again does not."""
 
     def __init__(self, message: str, thumbprint: Optional[str] = None):
         super().__init__(message)
@@ -241,8 +240,7 @@ def printable(text: Any, limit: int = 300) -> str:
 
 
 class Secret(str):
-    """Text that must not be shown: `str()`, `repr()` and formatting give dots, `reveal()` the text.
-    """
+    """Text that must not be shown: `str`, `repr` and formatting give stars, `reveal()` the text."""
 
     def __repr__(self) -> str:
         return "'***'"
@@ -403,8 +401,7 @@ _SMALL_PRIMES = [n for n in range(3, 2000, 2) if all(n % d for d in range(3, int
 
 
 def _is_probable_prime(candidate: int, rounds: int = 24) -> bool:
-    """Miller-Rabin (FIPS 186-4, C.3.1): 24 random bases, where table C.2 asks for 4 of 1024 bits.
-    """
+    """Miller-Rabin (FIPS 186-4, C.3.1): 24 random bases, where table C.2 asks for 4."""
     if any(candidate % prime == 0 for prime in _SMALL_PRIMES):
         return False
     odd, twos = candidate - 1, 0
@@ -552,11 +549,49 @@ def write_private(path: str, data: bytes) -> None:
         )
 
 
-class Identity(NamedTuple):
-    """Our own certificate and where its PEM file (certificate and private key) is."""
+def first_certificate(pem_text: str) -> bytes:
+    """The DER of the first certificate in a PEM text. Raises ValueError."""
+    block = re.search('-----BEGIN CERTIFICATE-----.*?-----END CERTIFICATE-----', pem_text, re.S)
+    if not block:
+        raise ValueError('there is no certificate in it')
+    return ssl.PEM_cert_to_DER_cert(block.group())
 
-    path: str
-    certificate: bytes  # DER
+
+def _refuse_passphrase() -> str:
+    raise TentacleError(
+        'its private key is encrypted; decrypt it first: openssl pkey -in FILE -out KEY.pem'
+    )
+
+
+@contextlib.contextmanager
+def file_of(content: bytes) -> Iterator[str]:
+    """The path of a file with this content that nobody else sees: OpenSSL reads by path alone."""
+    if hasattr(os, 'memfd_create') and os.path.isdir('/proc/self/fd'):
+        descriptor = os.memfd_create('tentacle')
+        try:
+            os.write(descriptor, content)
+            yield '/proc/self/fd/%d' % descriptor
+        finally:
+            os.close(descriptor)
+        return
+    import tempfile
+
+    with tempfile.NamedTemporaryFile() as file:
+        file.write(content)
+        file.flush()
+        yield file.name
+
+
+class Identity:
+    """Our own certificate, its private key, and the PEM file that both are from.
+
+    The key is kept, so that what happens to the file does not change who we are until a restart.
+    """
+
+    def __init__(self, path: str, content: bytes):
+        self.path = path
+        self.content = content  #: PEM, the private key included
+        self.certificate = first_certificate(content.decode('latin-1'))  #: DER
 
     @property
     def thumbprint(self) -> str:
@@ -566,18 +601,10 @@ class Identity(NamedTuple):
     def sha256_thumbprint(self) -> str:
         return hashlib.sha256(self.certificate).hexdigest().upper()
 
-
-def first_certificate(pem_text: str) -> bytes:
-    """The DER of the first certificate in a PEM text. Raises ValueError."""
-    begin, end = '-----BEGIN CERTIFICATE-----', '-----END CERTIFICATE-----'
-    start = pem_text.index(begin)
-    return ssl.PEM_cert_to_DER_cert(pem_text[start : pem_text.index(end, start) + len(end)])
-
-
-def _refuse_passphrase() -> str:
-    raise TentacleError(
-        'its private key is encrypted; decrypt it first: openssl pkey -in FILE -out KEY.pem'
-    )
+    def load_into(self, context: ssl.SSLContext) -> None:
+        """Make it a context's certificate. Raises ssl.SSLError, TentacleError."""
+        with file_of(self.content) as path:
+            context.load_cert_chain(path, password=_refuse_passphrase)
 
 
 def load_identity(path: str) -> Identity:
@@ -585,13 +612,15 @@ def load_identity(path: str) -> Identity:
     FileNotFoundError.
     """
     try:
-        with open(path, encoding='latin-1') as file:
-            certificate = first_certificate(file.read())
+        with open(path, 'rb') as file:
+            identity = Identity(path, file.read(1 << 20))
             mode = os.fstat(file.fileno()).st_mode
-        ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT).load_cert_chain(path, password=_refuse_passphrase)
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.set_ciphers('DEFAULT:@SECLEVEL=1')  # the keys of old installations have 1024 bits
+        identity.load_into(context)
     except FileNotFoundError:
         raise
-    except (ValueError, ssl.SSLError, OSError, TentacleError) as error:
+    except (ValueError, OSError, TentacleError) as error:
         raise TentacleError(
             'The certificate file %s can not be used: %s. Restore it, or make a new identity with '
             '`tentacle.py new-certificate` (the other sides must then trust its new thumbprint)'
@@ -604,17 +633,15 @@ def load_identity(path: str) -> Identity:
             stat.S_IMODE(mode),
             path,
         )
-    return Identity(path, certificate)
+    return identity
 
 
 def create_identity(path: str) -> Identity:
     """Make a new key and certificate and write them to a PEM file (0600)."""
     key = generate_rsa_key()
-    certificate = self_signed_certificate(key)
-    write_private(
-        path, (pem('RSA PRIVATE KEY', key.to_der()) + pem('CERTIFICATE', certificate)).encode()
-    )
-    return Identity(path, certificate)
+    text = pem('RSA PRIVATE KEY', key.to_der()) + pem('CERTIFICATE', self_signed_certificate(key))
+    write_private(path, text.encode())
+    return Identity(path, text.encode())
 
 
 def convert_pfx(path: str, password: str) -> str:
@@ -625,7 +652,9 @@ def convert_pfx(path: str, password: str) -> str:
     attempts = [command, command + ['-legacy']]
     for attempt in attempts:
         try:
-            return run_openssl(attempt, password.encode() + b'\n').decode('latin-1')
+            return run_openssl(attempt, password.encode('utf-8', 'surrogateescape') + b'\n').decode(
+                'latin-1'
+            )
         except FileNotFoundError:
             raise TentacleError(
                 '%s is a PFX file, and there is no openssl program here to read it. Convert it '
@@ -660,7 +689,8 @@ def import_identity(source: str, path: str, password: str = '') -> Identity:
         os.replace(trial, path)
     except TentacleError as error:
         os.unlink(trial)
-        raise TentacleError(str(error).replace(trial, source))
+        reason = str(error).partition(': ')[2].partition('. Restore it')[0]
+        raise TentacleError('%s can not be used: %s' % (source, reason))
     return load_identity(path)
 
 
@@ -692,7 +722,7 @@ def _tls_context(protocol: int, identity: Identity) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(CIPHERS)
-    context.load_cert_chain(identity.path, password=_refuse_passphrase)
+    identity.load_into(context)
     return context
 
 
@@ -701,6 +731,8 @@ def _certificate_of_message(body: bytes, version: int) -> Optional[bytes]:
     8446).
     """
     position = 4
+    if len(body) < 11:
+        return None
     if version == ssl.TLSVersion.TLSv1_3:
         position += 1 + body[position]  # certificate_request_context
     position += 3  # length of the list
@@ -709,26 +741,12 @@ def _certificate_of_message(body: bytes, version: int) -> Optional[bytes]:
 
 
 def _add_to_store(context: ssl.SSLContext, certificate: bytes) -> None:
-    """Put a pinned certificate into a context's store as one trusted for client authentication.
-
-    Only a file can carry the auxiliary data; a pipe is one that nobody else can see.
+    """Put a pinned certificate into a context's store as one trusted for client authentication;
+    only a file can carry the auxiliary data for that.
     """
-    text = pem('TRUSTED CERTIFICATE', certificate + _TRUSTED_FOR_CLIENT_AUTH).encode()
-    if os.path.isdir('/dev/fd') and len(text) < 4096:  # what a pipe takes at once on any system
-        reader, writer = os.pipe()
-        try:
-            os.write(writer, text)
-            os.close(writer)
-            context.load_verify_locations(cafile='/dev/fd/%d' % reader)
-        finally:
-            os.close(reader)
-        return
-    import tempfile
-
-    with tempfile.NamedTemporaryFile() as file:
-        file.write(text)
-        file.flush()
-        context.load_verify_locations(cafile=file.name)
+    text = pem('TRUSTED CERTIFICATE', certificate + _TRUSTED_FOR_CLIENT_AUTH)
+    with file_of(text.encode()) as path:
+        context.load_verify_locations(cafile=path)
 
 
 class SecureStream:
@@ -819,11 +837,14 @@ class SecureStream:
         """Bytes up to the position that `ends(bytes so far)` finds (0: not yet); the rest stays
         unread.
 
-        None when the stream ends before. Raises ProtocolError over `limit` bytes.
+        None when the stream ends ahead of it. Raises ProtocolError over `limit` bytes,
+        ConnectionLost when it ends within.
         """
         held = b''
         while True:
             some = self.read_some(4096)
+            if not some and held:
+                raise ConnectionLost('%s closed the connection in the middle of a line' % self.peer)
             if not some:
                 return None
             held += some
@@ -937,6 +958,11 @@ class PinningAcceptor:
             stream = SecureStream(sock, peer)
         except OSError as error:
             seen = getattr(sock, 'seen_thumbprint', None)
+            if seen in self._trusted():
+                raise ConnectionLost(
+                    'the thumbprint %s is trusted, but the handshake failed (%s)'
+                    % (seen, printable(getattr(error, 'verify_message', None) or error))
+                )
             if getattr(error, 'reason', None) == 'CERTIFICATE_VERIFY_FAILED' and seen:
                 raise UntrustedThumbprint('the thumbprint %s is not trusted' % seen, seen)
             if isinstance(error, socket.timeout):
@@ -1169,8 +1195,7 @@ class _BsonReader:
         raise ProtocolError('BSON: the type %d is none that Halibut uses' % kind)
 
     def document(self, at: int, limit: int, depth: int, array: bool) -> Tuple[Any, int]:
-        """(dict or list, position after it) of the document at a position that must end by `limit`.
-        """
+        """(dict or list, position after it) of the document at a position, ended by `limit`."""
         if depth > self._nesting:
             raise ProtocolError('BSON: more than %d documents within each other' % self._nesting)
         data = self._data
@@ -1222,8 +1247,7 @@ def decode_bson(
 
 
 class DataStream:
-    """A file on its way: `length` bytes that `open()` gives, beside the message, never inside it.
-    """
+    """A file on its way: `length` bytes that `open()` gives, sent after the message."""
 
     wire_type = 'Halibut.DataStream, Halibut'
 
@@ -1273,8 +1297,7 @@ def contract(wire_name: str) -> Callable[[type], type]:
 
 
 def _plain_type(name: Any) -> str:
-    """`Namespace.Type, Assembly` of a type name that may go on with version, culture and key token.
-    """
+    """`Namespace.Type, Assembly` of a type name that may go on with a version and more."""
     if not isinstance(name, str):
         raise ProtocolError('a $type must be a string')
     return ', '.join(part.strip() for part in name.split(',')[:2])
@@ -1407,8 +1430,8 @@ class ListOf(Kind):
     def read(self, value: Any, streams: List[DataStream]) -> List[Any]:
         if value is None:
             return []
-        if not isinstance(value, list):
-            raise ValueError('an array')
+        if not isinstance(value, list) or None in value:
+            raise ValueError('an array without nulls')
         return [self._item.read(item, streams) for item in value]
 
     def write(self, value: List[Any], streams: List[DataStream]) -> List[Any]:
@@ -1993,11 +2016,13 @@ class MessageExchange:
 
     def _read_identification(self) -> Tuple[str, str]:
         line = self._read_control()
-        if line is None or self.stream.read_line(self._limits.control_line) != '':
+        if line is None:
             raise ConnectionLost(
                 '%s closed the connection instead of identifying itself' % self.stream.peer
             )
         word, subscription = parse_identification(line)
+        if self.stream.read_line(self._limits.control_line) != '':
+            raise ProtocolError('an empty line was expected after %s' % word)
         self._conversation.advance(word)
         return word, subscription
 
@@ -2082,9 +2107,12 @@ class MessageExchange:
         buffer = memoryview(bytearray(min(length, _COPY_STEP)))
         while length:
             count = self.stream.read_into(buffer[: min(length, len(buffer))])
-            file.write(buffer[:count])
+            try:
+                file.write(buffer[:count])
+                file.flush()
+            except OSError as error:
+                raise ConnectionLost('a data stream can not be kept in %s: %s' % (folder, error))
             length -= count
-        file.flush()
         return file
 
     def _forget_streams(self) -> None:
@@ -2306,18 +2334,40 @@ class ServiceRegistry:
 
 
 # ---- 13. Script execution ------------------------------------------------------------------------
-# A script is known by its ticket; its workspace on disk holds the script, its files and its log.
-# Here a thread of the agent follows the process and writes the log; reading goes by the file alone.
+# A script must outlive the agent, so the agent is not its parent:
+#
+#     agent ── launcher ── supervisor ── script        (each ── a fork; the supervisor a session)
+#
+# Agent and supervisor share the workspace on disk and nothing else. Beside the script, its files
+# and `Output.log` it has a folder `.tentacle` with
+#
+#     state.json   what was asked for; there once the workspace is whole
+#     lock         locked (flock) from the preparation to the end of the supervisor, and free as
+#                  soon as whoever had it is gone, however that came
+#     started      there once the script's process is about to be made: never made again
+#     cancel       there once it is to be cancelled; a byte into the FIFO `control` says so at once
+#     result       the exit code; renamed into place as the supervisor's last act
+#
+# So who finds a free lock knows: with `result` the script has ended, with `started` alone nobody
+# knows how, and without both it never ran and may be started. No process id is ever kept.
 
-BOOTSTRAP, OUTPUT_LOG = 'Bootstrap.sh', 'Output.log'
+#: No limit, as the original's client writes it: the most milliseconds that an int32 holds (wire
+#: notes 3).
+NO_MUTEX_TIMEOUT = 2147483.647
+
+BOOTSTRAP, OUTPUT_LOG, STATE_FOLDER = 'Bootstrap.sh', 'Output.log', '.tentacle'
 DEFAULT_MUTEX = 'RunningScript'
 
 FATAL_EXIT_CODE = -41  # could not run or log (wire notes 4)
 CANCELED_EXIT_CODE = -1  # of a script that was cancelled while it ran, as in the captures
+CANCELED_WAITING_EXIT_CODE = -43
+TIMED_OUT_EXIT_CODE = -44
 UNKNOWN_TICKET_EXIT_CODE = -45
 UNKNOWN_RESULT_EXIT_CODE = -46
 
 _TICKET_PATTERN = re.compile(r'[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}\Z')
+_PIPE_STEP = 1 << 16
+_MOST_IN_A_PIPE = 1 << 20  # what Linux lets an ordinary user make of a pipe
 
 
 def check_ticket(task_id: Optional[str]) -> str:
@@ -2334,190 +2384,7 @@ def check_ticket(task_id: Optional[str]) -> str:
 
 def new_ticket() -> str:
     """A ticket for a script of our own asking: 128 random bits."""
-    return secrets.token_urlsafe(16)
-
-
-class Workspace:
-    """The folder `<home>/Work/<ticket>` of one script."""
-
-    def __init__(self, root: str, ticket: str):
-        self.path = os.path.join(root, check_ticket(ticket))
-
-    @property
-    def log_path(self) -> str:
-        return os.path.join(self.path, OUTPUT_LOG)
-
-    @property
-    def bootstrap(self) -> str:
-        return os.path.join(self.path, BOOTSTRAP)
-
-    def exists(self) -> bool:
-        return os.path.isdir(self.path)
-
-    def create(self) -> None:
-        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
-        os.mkdir(self.path, 0o700)
-
-    def write_script(self, body: str) -> None:
-        with open(self.bootstrap, 'w', encoding='utf-8', newline='\n') as file:
-            file.write(body.replace('\r\n', '\n'))
-        os.chmod(self.bootstrap, 0o700)
-
-    def write_file(self, name: Optional[str], contents: Optional[DataStream]) -> None:
-        """Put a file beside the script. Raises ServiceError for a name that leads elsewhere."""
-        if (
-            not name
-            or not contents
-            or name in ('.', '..', BOOTSTRAP, OUTPUT_LOG)
-            or set('/\\\0') & set(name)
-        ):
-            raise _failed_inside(
-                ValueError('%s can not be the name of a file of a script' % printable(name, 100))
-            )
-        import shutil
-
-        with contents.open() as source, open(os.path.join(self.path, name), 'xb') as target:
-            shutil.copyfileobj(source, target, _COPY_STEP)
-
-    def delete(self) -> None:
-        """Remove the folder and what is in it; symbolic links in it are removed, not followed."""
-        import shutil
-
-        shutil.rmtree(self.path, ignore_errors=True)
-
-
-class LogEntry(NamedTuple):
-    source: int  # STDOUT, STDERR or DEBUG
-    occurred: int  # milliseconds since 1970
-    text: str
-
-
-class ScriptLog:
-    """A script's log on disk: one JSON array `[source, milliseconds, text]` a line.
-
-    One thread appends, any thread reads. Reading costs what is read: the byte offset of every 64th
-    entry that a reader has passed is remembered.
-    """
-
-    _STRIDE = 64
-
-    def __init__(self, path: str, limits: Limits = LIMITS):
-        self._path = path
-        self._limits = limits
-        self._offsets = array('q', [0])  # of the entries 0, 64, 128 ...
-        self._lock = threading.Lock()
-
-    def append(self, source: int, texts: Iterable[str]) -> None:
-        now = int(time.time() * 1000)
-        lines = ''.join('[%d,%d,%s]\n' % (source, now, json.dumps(text)) for text in texts)
-        with open(self._path, 'ab', buffering=0) as file:
-            file.write(lines.encode())
-
-    def read(self, after: int) -> Tuple[List[LogEntry], bool]:
-        """(the entries after the `after`-th, as many as one answer may hold, whether there are
-        more).
-        """
-        entries: List[LogEntry] = []
-        size = 0
-        for entry, length in self._entries_from(max(after, 0)):
-            if (
-                len(entries) >= self._limits.log_answer_lines
-                or size + length > self._limits.log_answer_bytes
-            ):
-                return entries, True
-            entries.append(entry)
-            size += length
-        return entries, False
-
-    def _entries_from(self, number: int) -> Iterator[Tuple[LogEntry, int]]:
-        """(entry, its bytes in the file) from the entry of that number, counted from 0, on."""
-        with self._lock:
-            block = min(number // self._STRIDE, len(self._offsets) - 1)
-            position = block * self._STRIDE
-            offset = self._offsets[block]
-        try:
-            file = open(self._path, 'rb')
-        except FileNotFoundError:
-            return
-        with file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b'\n'):
-                    return  # still being written
-                if position >= number:
-                    yield LogEntry(*json.loads(line)), len(line)
-                position += 1
-                offset += len(line)
-                if position % self._STRIDE == 0:
-                    self._remember(position // self._STRIDE, offset)
-
-    def _remember(self, block: int, offset: int) -> None:
-        with self._lock:
-            if block == len(self._offsets):
-                self._offsets.append(offset)
-
-
-class LineSplitter:
-    """Bytes of one pipe to lines of text: what is not UTF-8 is replaced, a line without end is cut
-    at a limit.
-    """
-
-    def __init__(self, limit: int = LIMITS.log_line):
-        self._limit = limit
-        self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        self._partial = ''
-
-    def feed(self, data: bytes, final: bool = False) -> List[str]:
-        """The lines that are whole now; with `final` also the last one that has no end."""
-        *lines, self._partial = (self._partial + self._decoder.decode(data, final)).split('\n')
-        lines = [line[:-1] if line.endswith('\r') else line for line in lines]
-        while len(self._partial) > self._limit:
-            lines.append(self._partial[: self._limit])
-            self._partial = self._partial[self._limit :]
-        if final and self._partial:
-            lines.append(self._partial)
-            self._partial = ''
-        return lines
-
-
-def split_arguments(text: str) -> List[str]:
-    """A command line's arguments as .NET splits them on POSIX: blanks, double quotes, backslashes
-    before quotes.
-    """
-    arguments: List[str] = []
-    current: Optional[str] = None
-    quoted = False
-    position = 0
-    while position < len(text):
-        slashes = len(text) - position - len(text[position:].lstrip('\\'))
-        position += slashes
-        char = text[position : position + 1]
-        if slashes:
-            escaped = char == '"'
-            current = (current or '') + '\\' * (slashes // 2 if escaped else slashes)
-            if escaped and slashes % 2:
-                current += '"'
-                position += 1
-            continue
-        position += 1
-        if char == '"':
-            if quoted and text[position : position + 1] == '"':
-                current = (current or '') + '"'
-                position += 1
-            else:
-                quoted = not quoted
-                current = current or ''
-        elif char in ' \t' and not quoted:
-            if current is not None:
-                arguments.append(current)
-            current = None
-        else:
-            current = (current or '') + char
-    return arguments + [current] if current is not None else arguments
-
-
-def find_shell() -> str:
-    return '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
+    return secrets.token_hex(16)
 
 
 def user_name() -> str:
@@ -2537,304 +2404,1141 @@ class ScriptSpec(NamedTuple):
     task_id: str
     isolation: int
     mutex_name: str
+    mutex_timeout: float  # seconds, 0 = no limit
     files: List[ScriptFile]
-    arguments: List[str]
+    arguments: str  # as text, to be appended to the command line
+
+
+class Workspace:
+    """The folder `<home>/Work/<ticket>` of one script."""
+
+    def __init__(self, root: str, ticket: str):
+        self.ticket = check_ticket(ticket)
+        self.path = os.path.join(root, ticket)
+        self.log_path = os.path.join(self.path, OUTPUT_LOG)
+        self.bootstrap = os.path.join(self.path, BOOTSTRAP)
+
+    def inner(self, name: str) -> str:
+        """The path of a file in our own folder."""
+        return os.path.join(self.path, STATE_FOLDER, name)
+
+    def has(self, name: str) -> bool:
+        return os.path.exists(self.inner(name))
+
+    def mark(self, name: str) -> bool:
+        """Make an empty file in our own folder; False when it was there already."""
+        try:
+            os.close(os.open(self.inner(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+        except FileExistsError:
+            return False
+        return True
+
+    def create(self) -> None:
+        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+        os.mkdir(self.path, 0o700)
+        os.mkdir(self.inner(''), 0o700)
+
+    def write(self, spec: ScriptSpec) -> None:
+        """Everything that the script needs, the state last. Raises ServiceError, OSError."""
+        with open(self.bootstrap, 'w', encoding='utf-8', newline='\n') as file:
+            file.write(spec.body.replace('\r\n', '\n'))
+        os.chmod(self.bootstrap, 0o700)
+        for script_file in spec.files:
+            self._write_file(script_file)
+        os.mkfifo(self.inner('control'), 0o600)
+        state = spec._replace(body='', files=[])._asdict()
+        # A wait for the mutex goes on after a restart, with the time that is left.
+        state['mutex_deadline'] = time.time() + spec.mutex_timeout if spec.mutex_timeout else None
+        state['created'] = time.time()
+        write_private(self.inner('state.json'), json.dumps(state).encode())
+
+    def _write_file(self, file: ScriptFile) -> None:
+        """Put a file beside the script. Raises ServiceError for a name that leads elsewhere."""
+        name = file.name or ''
+        reserved = ('', '.', '..', BOOTSTRAP, OUTPUT_LOG, STATE_FOLDER)
+        if name in reserved or set('/\\\0') & set(name) or file.contents is None:
+            raise _failed_inside(
+                ValueError('%s can not be the name of a file of a script' % printable(name, 100))
+            )
+        with file.contents.open() as source, open(os.path.join(self.path, name), 'xb') as target:
+            for part in iter(lambda: source.read(_COPY_STEP), b''):
+                target.write(part)
+
+    def state(self) -> Dict[str, Any]:
+        """What was asked for. Raises FileNotFoundError (no workspace of ours), ValueError."""
+        with open(self.inner('state.json'), encoding='utf-8') as file:
+            return json.load(file)
+
+    def result(self) -> Optional[int]:
+        """The exit code, or None while there is none."""
+        try:
+            with open(self.inner('result'), encoding='ascii') as file:
+                return int(file.read())
+        except (OSError, ValueError):
+            return None
+
+    def write_result_space(self) -> None:
+        """Take the disk space of a result ahead of time, so that a full disk can not hide it."""
+        with open(self.inner('result.new'), 'w', encoding='ascii') as file:
+            file.write(' ' * 20)
+
+    def write_result(self, exit_code: int) -> None:
+        with open(self.inner('result.new'), 'r+' if self.has('result.new') else 'w') as file:
+            file.write('%-19d\n' % exit_code)
+        os.rename(self.inner('result.new'), self.inner('result'))
+
+    def lock(self, wait: bool = False) -> Optional[int]:
+        """Take the lock; a descriptor that holds it, or None when another has it."""
+        import fcntl
+
+        descriptor = os.open(self.inner('lock'), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
+        except BlockingIOError:
+            os.close(descriptor)
+            return None
+        return descriptor
+
+    def ask_to_cancel(self) -> None:
+        """Leave word for the supervisor, and wake it where it listens."""
+        self.mark('cancel')
+        try:
+            control = os.open(self.inner('control'), os.O_WRONLY | os.O_NONBLOCK)
+        except OSError:
+            return  # nobody listens: not yet, or not any more
+        try:
+            os.write(control, b'c')
+        except OSError:
+            pass  # it has been told a thousand times, or has just ended
+        finally:
+            os.close(control)
+
+    def delete(self) -> None:
+        """Remove the folder and what is in it; symbolic links in it are removed, not followed."""
+        import shutil
+
+        shutil.rmtree(self.path, ignore_errors=True)
+
+
+class LogEntry(NamedTuple):
+    source: int  # STDOUT, STDERR or DEBUG
+    occurred: int  # milliseconds since 1970
+    text: str
+
+
+def _entry_of(line: bytes) -> LogEntry:
+    """A line of a log file; one that a script wrote into it itself is shown as what it is."""
+    try:
+        source, occurred, text = json.loads(line.decode())
+        if (
+            source in (STDOUT, STDERR, DEBUG)
+            and isinstance(occurred, int)
+            and isinstance(text, str)
+        ):
+            return LogEntry(source, occurred, text)
+    except (ValueError, TypeError):
+        pass
+    return LogEntry(
+        DEBUG, 0, 'Written into the log by the script: ' + line.decode('utf-8', 'replace')
+    )
+
+
+class LogWriter:
+    """Appends to a script's log: one JSON array `[source, milliseconds, text]` a line.
+
+    A full disk does not stop a script: what can not be written is counted, and said when there is
+    room again. One process at a time.
+    """
+
+    def __init__(self, path: str):
+        self._file = open(path, 'ab', buffering=0)
+        self._dropped = 0
+
+    def append(self, source: int, texts: List[str]) -> None:
+        now = int(time.time() * 1000)
+        head = '[%d,%d,' % (source, now)
+        encoded = [head + json.dumps(text) + ']\n' for text in texts]
+        if self._dropped:
+            lost = '%d lines were lost here: the log could not be written' % self._dropped
+            encoded.insert(0, '[%d,%d,%s]\n' % (STDERR, now, json.dumps(lost)))
+        if self._write(''.join(encoded).encode()):
+            self._dropped = 0
+        else:
+            self._dropped += len(texts)
+
+    def _write(self, data: bytes) -> bool:
+        """Write all of it, or nothing."""
+        written = 0
+        try:
+            written = self._file.write(data) or 0
+            if written == len(data):
+                return True
+        except OSError:
+            pass
+        if written:
+            self._file.truncate(self._file.seek(0, os.SEEK_END) - written)
+        return False
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class ScriptLog:
+    """Reads a script's log. Any thread may call.
+
+    Reading costs what is read: the byte offset of every 64th entry that a reader has passed is
+    remembered.
+    """
+
+    _STRIDE = 64
+
+    def __init__(self, path: str, limits: Limits = LIMITS):
+        self._path = path
+        self._limits = limits
+        self._offsets = array('q', [0])  # of the entries 0, 64, 128 ...
+        self._lock = threading.Lock()
+
+    def read(self, after: int) -> Tuple[List[LogEntry], bool]:
+        """(the entries after the `after`-th, as many as one answer may hold, whether there are
+        more).
+        """
+        entries: List[LogEntry] = []
+        size = 0
+        for line in self._lines_from(max(after, 0)):
+            size += len(line)
+            if entries and (
+                len(entries) >= self._limits.log_answer_lines
+                or size > self._limits.log_answer_bytes
+            ):
+                return entries, True
+            entries.append(_entry_of(line))
+        return entries, False
+
+    def _lines_from(self, number: int) -> Iterator[bytes]:
+        """The lines of the file from the entry of that number, counted from 0, on."""
+        with self._lock:
+            block = min(number // self._STRIDE, len(self._offsets) - 1)
+            offset = self._offsets[block]
+        position = block * self._STRIDE
+        try:
+            file = open(self._path, 'rb')
+        except FileNotFoundError:
+            return
+        with file:
+            file.seek(offset)
+            for line in file:
+                if not line.endswith(b'\n'):
+                    return  # still being written
+                offset += len(line)
+                position += 1
+                if position > number:
+                    yield line
+                if position % self._STRIDE == 0:
+                    self._remember(position // self._STRIDE, offset)
+
+    def _remember(self, block: int, offset: int) -> None:
+        with self._lock:
+            if block == len(self._offsets):
+                self._offsets.append(offset)
+
+
+class LineSplitter:
+    """Bytes of one pipe to lines of text: what is not UTF-8 is replaced, and a line that is longer
+    than a limit, or has no end, is cut.
+    """
+
+    def __init__(self, limit: int = LIMITS.log_line):
+        self._limit = limit
+        self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
+        self._partial = ''
+
+    def feed(self, data: bytes, final: bool = False) -> List[str]:
+        """The lines that are whole now; with `final` also the last one that has no end."""
+        *whole, self._partial = (self._partial + self._decoder.decode(data, final)).split('\n')
+        lines: List[str] = []
+        for line in whole:
+            lines += self._cut(line[:-1] if line.endswith('\r') else line)
+        if final and self._partial:
+            lines += self._cut(self._partial)
+            self._partial = ''
+        elif len(self._partial) > self._limit:
+            *cut, self._partial = self._cut(self._partial)
+            lines += cut
+        return lines
+
+    def _cut(self, line: str) -> List[str]:
+        limit = self._limit
+        if len(line) <= limit:
+            return [line]
+        return [line[i : i + limit] for i in range(0, len(line), limit)]
+
+
+_ARGUMENT_PART = re.compile(r'(\\*)("?)([^\\" \t]*)([ \t]*)')
+
+
+def split_arguments(text: str) -> List[str]:
+    """A command line's arguments as .NET splits them on POSIX: at blanks outside double quotes; a
+    backslash is one but before a quote, and a doubled quote within quotes is one.
+    """
+    arguments: List[str] = []
+    current: List[str] = []  # the parts of an argument; empty between two
+    quoted = False
+    position = 0
+    while position < len(text):
+        slashes, quote, plain, blanks = _ARGUMENT_PART.match(text, position).groups()  # type: ignore
+        position += len(slashes) + len(quote)
+        current.append(slashes[: len(slashes) // 2] if quote else slashes)
+        if quote and len(slashes) % 2:
+            current.append('"')
+        elif quote and quoted and text[position : position + 1] == '"':
+            current.append('"')
+            position += 1
+            continue
+        elif quote:
+            quoted = not quoted
+        position += len(plain) + len(blanks)
+        current.append(plain + blanks if quoted else plain)
+        if blanks and not quoted:
+            if slashes or quote or plain:
+                arguments.append(''.join(current))
+            current = []
+    return arguments + [''.join(current)] if current else arguments
+
+
+def find_shell() -> str:
+    return '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
+
+
+# -- the supervisor, a process of its own for each script
+
+
+def become_subreaper() -> None:
+    """Have orphaned descendants given to us, whatever session they made (Linux, prctl(2))."""
+    try:
+        import ctypes
+
+        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+    except (ImportError, OSError, AttributeError):
+        pass  # then the process group must do
+
+
+def descendants(root: int) -> List[int]:
+    """The process ids below a process, by /proc where there is one."""
+    parents: Dict[int, int] = {}
+    try:
+        names = [name for name in os.listdir('/proc') if name.isdigit()]
+    except OSError:
+        return []
+    for name in names:
+        try:
+            with open('/proc/%s/stat' % name, 'rb') as file:
+                state, parent = file.read().rpartition(b')')[2].split()[:2]
+        except (OSError, ValueError):
+            continue  # it has just ended
+        if state != b'Z':
+            parents[int(name)] = int(parent)
+    found: List[int] = []
+    for pid in parents:
+        ancestor = pid
+        while ancestor in parents and ancestor != root:
+            ancestor = parents[ancestor]
+        if ancestor == root and pid != root:
+            found.append(pid)
+    return found
+
+
+class _Pump:
+    """Puts the lines of one pipe of a script into its log."""
+
+    def __init__(self, pipe: Any, source: int, log: LogWriter, line_limit: int):
+        self.pipe = pipe
+        self._source = source
+        self._log = log
+        self._splitter = LineSplitter(line_limit)
+        self._ended = False
+        os.set_blocking(pipe.fileno(), False)
+
+    def __call__(self, descriptor: int) -> bool:
+        """Take what there is, once; False at the end of the pipe."""
+        try:
+            data = os.read(descriptor, _PIPE_STEP)
+        except BlockingIOError:
+            return True
+        self._take(data, final=not data)
+        self._ended = not data
+        return not self._ended
+
+    def _take(self, data: bytes, final: bool) -> None:
+        lines = self._splitter.feed(data, final)
+        if lines:
+            self._log.append(self._source, lines)
+
+    def finish(self) -> bool:
+        """Take what is in the pipe now, and no more than fits: a child may fill it for ever.
+        Whether the pipe has ended.
+        """
+        descriptor = self.pipe.fileno()
+        for _ in range(_MOST_IN_A_PIPE // _PIPE_STEP):
+            if self._ended:
+                return True
+            try:
+                data = os.read(descriptor, _PIPE_STEP)
+            except BlockingIOError:
+                break
+            self._take(data, final=not data)
+            self._ended = not data
+        self._take(b'', final=True)
+        return self._ended
+
+
+class _Supervisor:
+    """Runs one script in its workspace and sees it through: a single-threaded process's life."""
+
+    _LAST_RESORT = 5.0  # seconds after SIGKILL: who is stuck in the kernel then is given up
+
+    def __init__(self, request: Dict[str, Any]):
+        self._workspace = Workspace(request['work'], request['ticket'])
+        self._command: List[str] = request['command']
+        self._environment: Dict[str, str] = request['environment']
+        self._grace: float = request['grace']
+        self._line_limit: int = request['line_limit']
+        self._log = LogWriter(self._workspace.log_path)
+        self._selector = selectors.DefaultSelector()
+        self._process: Any = None  # subprocess.Popen; reaped at the very end
+        self._exit_code: Optional[int] = None
+        self._cancelled_at: Optional[float] = None
+        self._killed = False
+
+    def run(self) -> None:
+        workspace = self._workspace
+        workspace.write_result_space()
+        control = os.open(workspace.inner('control'), os.O_RDWR | os.O_NONBLOCK)
+        self._selector.register(control, selectors.EVENT_READ, self._on_control)
+        become_subreaper()
+        if not workspace.mark('started'):
+            return  # somebody has been here: never a second time
+        if workspace.has('cancel'):
+            exit_code = CANCELED_EXIT_CODE
+        else:
+            exit_code = self._run_script()
+        self._log.append(
+            DEBUG,
+            [
+                'Process %s in %s exited with code %d'
+                % (self._command[0], workspace.path, exit_code)
+            ],
+        )
+        workspace.write_result(exit_code)
+
+    def _run_script(self) -> int:
+        import subprocess
+
+        reader, writer = os.pipe()
+        for end in (reader, writer):
+            os.set_blocking(end, False)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.signal(signal.SIGCHLD, lambda number, frame: None)
+        self._selector.register(reader, selectors.EVENT_READ, self._on_child)
+        try:
+            self._process = subprocess.Popen(
+                self._command,
+                cwd=self._workspace.path,
+                env=self._environment,
+                stdin=subprocess.DEVNULL,
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                start_new_session=True,
+            )
+        except (OSError, ValueError) as error:
+            self._log.append(STDERR, ['The script could not be run: %s' % error])
+            return FATAL_EXIT_CODE
+        pumps = [
+            _Pump(self._process.stdout, STDOUT, self._log, self._line_limit),
+            _Pump(self._process.stderr, STDERR, self._log, self._line_limit),
+        ]
+        for pump in pumps:
+            self._selector.register(pump.pipe, selectors.EVENT_READ, pump)
+        self._follow()
+        open_pumps = [pump for pump in pumps if not pump.finish()]
+        if self._exit_code is not None:
+            self._process.wait()
+        if open_pumps and self._cancelled_at is None:
+            text = (
+                'The script has left processes behind that hold its output; what they write from '
+            )
+            self._log.append(STDERR, [text + 'now on is not shown'])
+        return CANCELED_EXIT_CODE if self._cancelled_at is not None else self._exit_code or 0
+
+    def _follow(self) -> None:
+        """Wait for the script's end; for that of all its descendants, when it was cancelled."""
+        while not self._is_over():
+            for key, _ in self._selector.select(self._until_next_step()):
+                if key.data(key.fd) is False:
+                    self._selector.unregister(key.fileobj)
+            self._press_on()
+
+    def _is_over(self) -> bool:
+        if self._cancelled_at is None:
+            return self._exit_code is not None
+        if self._killed and time.monotonic() > self._cancelled_at + self._grace + self._LAST_RESORT:
+            return True
+        return self._exit_code is not None and not descendants(os.getpid())
+
+    def _until_next_step(self) -> Optional[float]:
+        if self._cancelled_at is None:
+            return None
+        step = self._grace + (self._LAST_RESORT if self._killed else 0)
+        return max(self._cancelled_at + step - time.monotonic(), 0.01)
+
+    def _press_on(self) -> None:
+        """SIGKILL to what has not ended in its time of grace."""
+        if self._cancelled_at is None or self._killed:
+            return
+        if time.monotonic() >= self._cancelled_at + self._grace:
+            self._killed = True
+            for _ in range(10):  # what forks meanwhile is in the next look
+                if not self._signal_all(signal.SIGKILL):
+                    break
+
+    def _signal_all(self, number: int) -> int:
+        """Signal the script's group and all descendants; how many there were."""
+        found = descendants(os.getpid())
+        for send, pid in [(os.killpg, self._process.pid)] + [(os.kill, pid) for pid in found]:
+            try:
+                send(pid, number)
+            except (ProcessLookupError, PermissionError):
+                pass  # it has just ended; or runs as another user, and is out of our reach
+        return len(found)
+
+    def _on_control(self, descriptor: int) -> None:
+        os.read(descriptor, 4096)
+        if self._cancelled_at is None:
+            self._cancelled_at = time.monotonic()
+            self._signal_all(signal.SIGTERM)
+
+    def _on_child(self, descriptor: int) -> None:
+        """Reap what has ended, but the script itself: its id must stay its own while we use it."""
+        os.read(descriptor, 4096)
+        while self._exit_code is None:
+            try:
+                ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
+            except ChildProcessError:
+                return
+            if ended is None:
+                return
+            if ended.si_pid != self._process.pid:
+                os.waitpid(ended.si_pid, 0)
+            elif ended.si_code == os.CLD_EXITED:
+                self._exit_code = ended.si_status
+            else:
+                self._exit_code = 128 + ended.si_status  # as the shells and .NET have it
+
+
+# -- the launcher, a process that forks the supervisors
+
+
+def _receive_request(channel: socket.socket) -> Tuple[bytes, List[int]]:
+    """(a line without its end, b'' when the agent is gone; the descriptors that came with it)"""
+    parts: List[bytes] = []
+    descriptors = array('i')
+    while not parts or not parts[-1].endswith(b'\n'):
+        data, ancillary, _, _ = channel.recvmsg(1 << 16, socket.CMSG_SPACE(descriptors.itemsize))
+        for level, kind, content in ancillary:
+            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
+                descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
+        if not data:
+            return b'', list(descriptors)
+        parts.append(data)
+    return b''.join(parts), list(descriptors)
+
+
+def _be_supervisor(line: bytes) -> None:
+    """What the forked process does; it never returns. The inherited lock is let go by its end."""
+    try:
+        os.setsid()
+        _Supervisor(json.loads(line.decode())).run()
+    except BaseException as error:
+        sys.stderr.write('A supervisor failed: %s: %s\n' % (type(error).__name__, error))
+        sys.stderr.flush()
+    finally:
+        os._exit(0)
+
+
+def run_launcher(channel: socket.socket) -> None:
+    """The launcher's life: for each request (a line of JSON, with the workspace's lock as a
+    descriptor) fork a supervisor, and answer with a line; until the agent is gone.
+
+    It is single-threaded, so that forking is sound, and its interpreter is there already.
+    """
+    import gc
+    import subprocess  # noqa: F401 - loaded here once, for all supervisors
+
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
+        signal.signal(number, signal.SIG_DFL)  # nohup and cron ignore some: scripts shall not
+    signal.pthread_sigmask(signal.SIG_SETMASK, [])
+    signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors that end need no reaping
+    gc.collect()
+    gc.freeze()  # the supervisors share these pages as long as nobody writes to them
+    while True:
+        line, descriptors = _receive_request(channel)
+        if not line:
+            return
+        pid = os.fork()
+        if pid == 0:
+            channel.close()
+            _be_supervisor(line)
+        for descriptor in descriptors:
+            os.close(descriptor)
+        channel.sendall(b'forked\n')
+
+
+class Launcher:
+    """The agent's end of a launcher process, which is started when it is first needed, and again
+    when it is gone. Any thread may call.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._process: Any = None  # subprocess.Popen
+        self._channel: Optional[socket.socket] = None
+
+    def launch(self, workspace: Workspace, request: Dict[str, Any], lock: int) -> None:
+        """Have a supervisor forked that holds the workspace's lock. Raises OSError.
+
+        Our own hold on it, `lock`, is let go. When the launcher died and nobody can know whether
+        it had forked, the lock and the mark `started` tell.
+        """
+        line = json.dumps(request).encode() + b'\n'
+        for _ in range(3):
+            try:
+                with self._lock:
+                    self._ask(line, lock)
+                os.close(lock)
+                return
+            except OSError as error:
+                logger.warning('The launcher is gone (%s); another one is started', error)
+                os.close(lock)
+            again = workspace.lock()
+            if again is None or workspace.has('started'):
+                if again is not None:
+                    os.close(again)
+                return  # it had forked
+            lock = again
+        os.close(lock)
+        raise OSError(errno.ECHILD, 'no launcher can be started')
+
+    def _ask(self, line: bytes, lock: int) -> None:
+        if self._channel is None:
+            self._start()
+        channel = self._channel
+        assert channel is not None
+        try:
+            sent = channel.sendmsg(
+                [line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array('i', [lock]).tobytes())]
+            )
+            channel.sendall(line[sent:])
+            if channel.recv(100) != b'forked\n':
+                raise ConnectionResetError(errno.ECONNRESET, 'it left without an answer')
+        except OSError:
+            self._discard()
+            raise
+
+    def _start(self) -> None:
+        import subprocess
+
+        ours, theirs = socket.socketpair()
+        with theirs:
+            self._process = subprocess.Popen(
+                module_command('_launcher'),
+                stdin=theirs,
+                stdout=subprocess.DEVNULL,
+                start_new_session=True,
+            )
+        self._channel = ours
+
+    def _discard(self) -> None:
+        """Let the launcher go; supervisors are not touched."""
+        if self._channel is not None:
+            self._channel.close()
+            self._channel = None
+        if self._process is not None:
+            self._process.wait()
+            self._process = None
+
+    def close(self) -> None:
+        with self._lock:
+            self._discard()
+
+
+# -- the isolation mutex
+
+
+class ScriptIsolationMutex:
+    """Reader-writer locks by name: a script of full isolation is a writer. Any thread may call.
+
+    Fair: who came first goes first, so a waiting writer is not starved by new readers. `holders`
+    and waiters are scripts with `spec`, and are told through `launch` and `tell_waiting`, outside
+    the lock.
+    """
+
+    def __init__(self) -> None:
+        self._lock = threading.Lock()
+        self._holders: Dict[str, List[Any]] = {}
+        self._queues: Dict[str, List[Any]] = {}
+
+    def hold(self, script: Any) -> None:
+        """Note a script that runs already, after a restart of the agent."""
+        with self._lock:
+            self._holders.setdefault(script.spec.mutex_name, []).append(script)
+
+    def enter(self, script: Any) -> None:
+        """Queue a script; it is launched now or when its turn comes."""
+        with self._lock:
+            self._queues.setdefault(script.spec.mutex_name, []).append(script)
+        self._move(script.spec.mutex_name)
+
+    def withdraw(self, script: Any) -> bool:
+        """Take a waiting script out of its queue; False when it waits no more."""
+        name = script.spec.mutex_name
+        with self._lock:
+            queue = self._queues.get(name, [])
+            if script not in queue:
+                return False
+            queue.remove(script)
+        self._move(name)
+        return True
+
+    def leave(self, script: Any) -> None:
+        """A script that held it has ended."""
+        name = script.spec.mutex_name
+        with self._lock:
+            holders = self._holders.get(name, [])
+            if script in holders:
+                holders.remove(script)
+        self._move(name)
+
+    def _move(self, name: str) -> None:
+        """Grant what can be granted, and tell those who wait for whom they do."""
+        with self._lock:
+            holders = self._holders.setdefault(name, [])
+            queue = self._queues.setdefault(name, [])
+            granted = []
+            while queue and self._is_free_for(queue[0], holders):
+                granted.append(queue.pop(0))
+                holders.append(granted[-1])
+            waiting = [
+                (script, [holder.spec.task_id for holder in holders] or [queue[0].spec.task_id])
+                for script in queue
+            ]
+            if not holders:
+                del self._holders[name], self._queues[name]
+        for script in granted:
+            script.launch()
+        for script, tasks in waiting:
+            script.tell_waiting(tasks)
+
+    @staticmethod
+    def _is_free_for(script: Any, holders: List[Any]) -> bool:
+        if script.spec.isolation == FULL_ISOLATION:
+            return not holders
+        return all(holder.spec.isolation != FULL_ISOLATION for holder in holders)
+
+
+# -- the agent's view of a script
 
 
 class RunningScript:
-    """One script from its start to its completion. Any thread may ask; one thread follows the
-    process.
+    """One script from its preparation to its completion. Any thread may call.
+
+    States: being prepared, waiting for the mutex (pending), launched (running), ended (complete).
     """
 
-    def __init__(
-        self,
-        spec: ScriptSpec,
-        workspace: Workspace,
-        environment: Dict[str, str],
-        limits: Limits = LIMITS,
-    ):
+    def __init__(self, spec: ScriptSpec, workspace: Workspace, runner: Any):
         self.spec = spec
         self.workspace = workspace
-        self.log = ScriptLog(workspace.log_path, limits)
-        self._environment = environment
-        self._limits = limits
+        self.log = ScriptLog(workspace.log_path, runner.limits)
+        self.prepared = threading.Event()
+        self.failure: Optional[Exception] = None  # of the preparation
+        self._runner = runner
         self._lock = threading.Lock()
-        self._process: Any = None  # subprocess.Popen
-        self._reaped = False
-        self._cancelled_at: Optional[float] = None
+        self._launched = False
         self._exit_code = 0
-        self._started = False
         self._ended = threading.Event()
-        self._wake_reader, self._wake_writer = -1, -1
+        self._hold: Optional[int] = None  # the workspace's lock, while it is ours
+        self._told: List[str] = []  # the tasks that the log says we wait for
+        self._timer: Optional[threading.Timer] = None
 
     # -- for the services
-
-    def prepare(self) -> None:
-        """Write the workspace. Raises ServiceError, OSError."""
-        self.workspace.create()
-        self.workspace.write_script(self.spec.body)
-        for file in self.spec.files:
-            self.workspace.write_file(file.name, file.contents)
-
-    def start(self) -> None:
-        start_thread('script ' + self.spec.ticket, self._follow)
 
     def wait(self, seconds: float) -> bool:
         """Wait for the end, no longer than that; whether it has come."""
         return self._ended.wait(seconds)
 
+    @property
+    def is_pending(self) -> bool:
+        return not self._launched and not self._ended.is_set()
+
     def state_and_exit_code(self) -> Tuple[int, int]:
         if self._ended.is_set():
             return COMPLETE, self._exit_code
-        return (RUNNING if self._started else PENDING), 0
+        return (PENDING if self.is_pending else RUNNING), 0
 
     def cancel(self) -> None:
-        """SIGTERM to the process group, SIGKILL after the grace; returns at once."""
-        with self._lock:
-            if self._ended.is_set() or self._cancelled_at is not None:
-                return
-            self._cancelled_at = time.monotonic()
-            self._signal_group(signal.SIGTERM)
-            if self._wake_writer >= 0:
-                os.write(self._wake_writer, b'c')
+        """End it: out of the queue, or by signals; returns at once."""
+        if self._ended.is_set():
+            return
+        if self._runner.mutex.withdraw(self):
+            self._end_waiting(
+                CANCELED_WAITING_EXIT_CODE, 'The script was cancelled before it started'
+            )
+        else:
+            self.workspace.ask_to_cancel()
 
-    # -- the thread of the script
+    # -- its life, in the order of its steps
 
-    def _follow(self) -> None:
+    def prepare(self) -> None:
+        """Write the workspace. Raises ServiceError, OSError."""
         try:
-            exit_code = self._run()
+            self.workspace.create()
+            self._hold = self.workspace.lock()
+            isolation = 'FullIsolation' if self.spec.isolation == FULL_ISOLATION else 'NoIsolation'
+            text = 'Acquiring isolation mutex %s with %s in %s'
+            text %= (self.spec.mutex_name, isolation, self.spec.task_id)
+            self.write_log(STDOUT, ['##octopus[stdout-verbose]', text, '##octopus[stdout-default]'])
+            self.workspace.write(self.spec)
+        except BaseException:
+            self._let_go()
+            self.workspace.delete()
+            raise
+
+    def write_log(self, source: int, texts: List[str]) -> None:
+        """Log lines of our own, cut like those of a script; while no supervisor does."""
+        limit = self._runner.limits.log_line
+        writer = LogWriter(self.workspace.log_path)
+        try:
+            writer.append(source, [printable(text, limit) for text in texts])
+        finally:
+            writer.close()
+
+    def start_timer(self, deadline: Optional[float]) -> None:
+        """Have the wait for the mutex end at a moment of `time.time`; None = never."""
+        if deadline is not None:
+            timer = threading.Timer(max(deadline - time.time(), 0), self._time_out)
+            timer.name, timer.daemon = 'mutex ' + self.spec.ticket, True
+            with self._lock:
+                if self.is_pending:
+                    self._timer = timer
+                    timer.start()
+
+    def tell_waiting(self, tasks: List[str]) -> None:
+        """Say in the log which tasks we wait for, when it is others than it said before."""
+        with self._lock:
+            if not self.is_pending or tasks == self._told:
+                return
+            self._told = tasks
+            text = (
+                'Waiting for %s to end: this script and %s use the isolation mutex %s, and may not '
+                'run at the same time'
+            )
+            text %= (', '.join(tasks), 'that' if len(tasks) == 1 else 'those', self.spec.mutex_name)
+            self.write_log(STDOUT, ['##octopus[stdout-wait]', text, '##octopus[stdout-default]'])
+
+    def launch(self) -> None:
+        """It is our turn: hand over to a supervisor. Never raises."""
+        with self._lock:
+            self._launched = True
+            self._stop_timer()
+        try:
+            request = self._runner.request_for(self)
+            self._runner.launcher.launch(self.workspace, request, self._take_hold())
+        except Exception as error:
+            self._let_go()
+            logger.error('Script %s could not be started: %s', self.spec.ticket, error)
+            self.write_log(STDERR, ['The script could not be started: %s' % error])
+            self.workspace.write_result(FATAL_EXIT_CODE)
+        self.watch()
+
+    def watch(self) -> None:
+        """Have a thread wait for the supervisor's end."""
+        self._launched = True
+        start_thread('script ' + self.spec.ticket, self._await_end)
+
+    def _await_end(self) -> None:
+        try:
+            hold = self.workspace.lock(wait=True)
+            if hold is not None:
+                os.close(hold)
+        except OSError:
+            pass  # the workspace was taken away: nothing more will be known
+        result = self.workspace.result()
+        if result is None:
+            result = UNKNOWN_RESULT_EXIT_CODE
+            self._note_lost_result()
+        self._end(result)
+        self._runner.mutex.leave(self)
+
+    def _note_lost_result(self) -> None:
+        try:
+            self.write_log(STDERR, ['The result of the script is unknown: its supervisor is gone'])
+            self.workspace.write_result(UNKNOWN_RESULT_EXIT_CODE)
         except OSError as error:
-            logger.error('The script %s could not be run: %s', self.spec.ticket, error)
-            exit_code = FATAL_EXIT_CODE
-            self._try_to_log(STDERR, ['The script could not be run: %s' % error])
+            logger.warning('Script %s left no trace: %s', self.spec.ticket, error)
+
+    def _time_out(self) -> None:
+        if self._runner.mutex.withdraw(self):
+            text = 'The script waited %g s for the isolation mutex %s, as long as it may'
+            self._end_waiting(
+                TIMED_OUT_EXIT_CODE, text % (self.spec.mutex_timeout, self.spec.mutex_name)
+            )
+
+    def _end_waiting(self, exit_code: int, text: str) -> None:
+        """An end without a start."""
+        with self._lock:
+            self._stop_timer()
+        holder = '; %s still runs' % ', '.join(self._told) if self._told else ''
+        self.write_log(STDOUT, [text + holder])
+        self.workspace.write_result(exit_code)
+        self._let_go()
+        self._end(exit_code)
+
+    def _end(self, exit_code: int) -> None:
         self._exit_code = exit_code
         self._ended.set()
         logger.info('Script %s ended with exit code %d', self.spec.ticket, exit_code)
 
-    def _try_to_log(self, source: int, lines: List[str]) -> None:
-        """Log lines; where that fails the script goes on without them."""
-        try:
-            self.log.append(source, lines)
-        except OSError as error:
-            logger.error('The log %s can not be written: %s', self.workspace.log_path, error)
-
-    def _run(self) -> int:
-        """Start the process and see it through; its exit code."""
-        import subprocess
-
-        shell = find_shell()
-        spec = self.spec
-        self.log.append(
-            STDOUT,
-            [
-                '##octopus[stdout-verbose]',
-                'Acquiring isolation mutex %s with %s in %s'
-                % (
-                    spec.mutex_name,
-                    'FullIsolation' if spec.isolation == FULL_ISOLATION else 'NoIsolation',
-                    spec.task_id,
-                ),
-                '##octopus[stdout-default]',
-            ],
-        )
-        self.log.append(
-            DEBUG,
-            [
-                'Executable directory is ' + os.path.dirname(shell),
-                'Executable name or full path: ' + shell,
-                "Starting %s in working directory '%s' using 'Unicode (UTF-8)' encoding "
-                "running as '%s'"
-                % (shell, self.workspace.path, user_name()),
-            ],
-        )
-        if shell != '/bin/bash':
-            logger.warning(
-                'There is no /bin/bash here: script %s runs under %s', spec.ticket, shell
-            )
-            self.log.append(
-                DEBUG, ['There is no /bin/bash on this host: the script runs under ' + shell]
-            )
-        with self._lock:
-            self._wake_reader, self._wake_writer = os.pipe()
-            os.set_blocking(self._wake_writer, False)
-            if self._cancelled_at is None:
-                self._process = subprocess.Popen(
-                    [shell, self.workspace.bootstrap] + split_arguments(' '.join(spec.arguments)),
-                    cwd=self.workspace.path,
-                    env=self._environment,
-                    stdin=subprocess.DEVNULL,
-                    stdout=subprocess.PIPE,
-                    stderr=subprocess.PIPE,
-                    start_new_session=True,
-                )
-                self._started = True
-        try:
-            if self._process is None:
-                return CANCELED_EXIT_CODE
-            start_thread('wait ' + spec.ticket, self._await_exit, self._process.pid)
-            self._pump()
-            exit_code = self._reap()
-        finally:
-            with self._lock:
-                os.close(self._wake_reader)
-                os.close(self._wake_writer)
-                self._wake_writer = -1
-        self._try_to_log(
-            DEBUG,
-            ['Process %s in %s exited with code %d' % (shell, self.workspace.path, exit_code)],
-        )
-        return exit_code
-
-    def _await_exit(self, pid: int) -> None:
-        """Wait for the process without reaping it: until then its id, and its group's, are nobody
-        else's.
-        """
-        os.waitid(os.P_PID, pid, os.WEXITED | os.WNOWAIT)
-        with self._lock:
-            if self._wake_writer >= 0:
-                os.write(self._wake_writer, b'x')
-
-    def _pump(self) -> None:
-        """Write the lines of both pipes to the log until the process has exited.
-
-        A child that outlives it and holds the pipes does not delay that; only a cancelled script's
-        children have their time of grace, and are then killed.
-        """
-        exited = False
-        with selectors.DefaultSelector() as selector:
-            selector.register(self._wake_reader, selectors.EVENT_READ)
-            for pipe, source in ((self._process.stdout, STDOUT), (self._process.stderr, STDERR)):
-                os.set_blocking(pipe.fileno(), False)
-                selector.register(
-                    pipe, selectors.EVENT_READ, (source, LineSplitter(self._limits.log_line))
-                )
-            killed = False
-            while not exited or (
-                self._cancelled_at is not None and not killed and len(selector.get_map()) > 1
-            ):
-                wait = None
-                if self._cancelled_at is not None and not killed:
-                    wait = max(self._cancelled_at + self._limits.cancel_grace - time.monotonic(), 0)
-                for key, _ in selector.select(wait):
-                    if key.data is None:
-                        exited = b'x' in os.read(self._wake_reader, 16) or exited
-                    elif not self._pump_pipe(key.fileobj, *key.data):
-                        selector.unregister(key.fileobj)
-                if (
-                    self._cancelled_at is not None
-                    and not killed
-                    and time.monotonic() >= self._cancelled_at + self._limits.cancel_grace
-                ):
-                    self._signal_group(signal.SIGKILL)
-                    killed = True
-            for key in list(selector.get_map().values()):
-                if key.data is not None:
-                    while self._pump_pipe(key.fileobj, *key.data, final=True):
-                        pass
-
-    def _pump_pipe(
-        self, pipe: Any, source: int, splitter: LineSplitter, final: bool = False
-    ) -> bool:
-        """Log what a pipe has; False when it has ended, or, with `final`, has nothing more just
-        now.
-        """
-        try:
-            data = os.read(pipe.fileno(), 1 << 16)
-        except BlockingIOError:
-            if not final:
-                return True
-            data = b''
-        lines = splitter.feed(data, not data)
-        if lines:
-            self._try_to_log(source, lines)
-        return bool(data)
-
-    def _signal_group(self, number: int) -> None:
-        """Signal the process group, while the unreaped process makes sure that it is ours."""
-        if self._process is not None and not self._reaped:
-            try:
-                os.killpg(self._process.pid, number)
-            except ProcessLookupError:
-                pass
-
-    def _reap(self) -> int:
-        with self._lock:
-            if self._cancelled_at is not None:
-                self._signal_group(signal.SIGKILL)  # what is left of the group
-            code = self._process.wait()
-            self._reaped = True
-            cancelled = self._cancelled_at is not None
-        self._process.stdout.close()
-        self._process.stderr.close()
-        if cancelled:
-            return CANCELED_EXIT_CODE
-        return code if code >= 0 else 128 - code  # by a signal: as the shells and .NET have it
-
-
-class LostScript(RunningScript):
-    """A script whose workspace outlived the agent that ran it: its log so far, and a result nobody
-    knows.
-    """
-
-    def __init__(self, ticket: str, workspace: Workspace, limits: Limits = LIMITS):
-        super().__init__(
-            ScriptSpec(ticket, '', '', NO_ISOLATION, DEFAULT_MUTEX, [], []), workspace, {}, limits
-        )
-        self._exit_code = UNKNOWN_RESULT_EXIT_CODE
+    def end_as_found(self, exit_code: int) -> None:
+        """It had ended before this agent started."""
+        self._exit_code = exit_code
         self._ended.set()
 
+    def hold(self, descriptor: int) -> None:
+        """Keep the workspace's lock until the launch."""
+        self._hold = descriptor
 
-class ScriptRegistry:
+    def _take_hold(self) -> int:
+        descriptor, self._hold = self._hold, None
+        assert descriptor is not None
+        return descriptor
+
+    def _let_go(self) -> None:
+        if self._hold is not None:
+            os.close(self._take_hold())
+
+    def _stop_timer(self) -> None:
+        if self._timer is not None:
+            self._timer.cancel()
+            self._timer = None
+
+
+def _subfolders(folder: str) -> List[str]:
+    """The names of the real folders in a folder; none where it is not there."""
+    try:
+        with os.scandir(folder) as entries:
+            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
+    except OSError:
+        return []
+
+
+def _seconds_since_last_word(workspace: Workspace) -> Optional[float]:
+    """By the last write of the log, or else of the script; None for what is no workspace."""
+    for path in (workspace.log_path, workspace.bootstrap):
+        try:
+            return time.time() - os.lstat(path).st_mtime
+        except OSError:
+            continue
+    return None
+
+
+class ScriptRunner:
     """The scripts of one agent by ticket, for every service that runs scripts. Any thread may call.
+
+    `environment` gives a script's environment at its start.
     """
 
     def __init__(
         self, work: str, environment: Callable[[], Dict[str, str]], limits: Limits = LIMITS
     ):
+        self.limits = limits
+        self.mutex = ScriptIsolationMutex()
         self._work = work
         self._environment = environment
-        self._limits = limits
+        self.launcher = Launcher()
         self._lock = threading.Lock()
         self._scripts: Dict[str, RunningScript] = {}
 
+    # -- for the services
+
     def start(self, spec: ScriptSpec) -> RunningScript:
-        """Start a script, or find the one that this ticket has started already. Raises
-        ServiceError, OSError.
+        """Start a script, or find the one that this ticket has started already.
+
+        Raises ServiceError, OSError.
         """
-        workspace = Workspace(self._work, spec.ticket)
-        with self._lock:  # held until it is started: one start a ticket
-            script = self._find(spec.ticket)
+        with self._lock:
+            script = self._scripts.get(spec.ticket)
+            is_new = script is None
             if script is None:
-                script = RunningScript(spec, workspace, self._environment(), self._limits)
-                try:
-                    script.prepare()
-                except BaseException:
-                    workspace.delete()
-                    raise
-                self._scripts[spec.ticket] = script
-                logger.info('Script %s of %s starts', spec.ticket, printable(spec.task_id))
-                script.start()
+                workspace = Workspace(self._work, spec.ticket)
+                script = self._scripts[spec.ticket] = RunningScript(spec, workspace, self)
+        if not is_new:
+            script.prepared.wait()
+            if script.failure is not None:
+                raise script.failure
+            return script
+        try:
+            script.prepare()
+        except Exception as error:
+            script.failure = error
+            with self._lock:
+                self._scripts.pop(spec.ticket, None)
+            raise
+        finally:
+            script.prepared.set()
+        logger.info('Script %s of %s starts', spec.ticket, printable(spec.task_id))
+        script.start_timer(time.time() + spec.mutex_timeout if spec.mutex_timeout else None)
+        self.mutex.enter(script)
         return script
 
     def find(self, ticket: str) -> Optional[RunningScript]:
         with self._lock:
-            return self._find(ticket)
-
-    def _find(self, ticket: str) -> Optional[RunningScript]:
-        script = self._scripts.get(ticket)
-        if script is None and _TICKET_PATTERN.match(ticket):
-            workspace = Workspace(self._work, ticket)
-            if workspace.exists():
-                script = self._scripts[ticket] = LostScript(ticket, workspace, self._limits)
-        return script
+            return self._scripts.get(ticket)
 
     def forget(self, script: RunningScript) -> None:
         """End a script that still runs, and delete its workspace; its ticket may be used anew."""
         script.cancel()
-        script.wait(self._limits.cancelled_script)
+        script.wait(self.limits.cancelled_script)
         with self._lock:
-            script.workspace.delete()
-            self._scripts.pop(script.spec.ticket, None)
+            if self._scripts.get(script.spec.ticket) is script:
+                script.workspace.delete()
+                del self._scripts[script.spec.ticket]
+
+    # -- for a script
+
+    def request_for(self, script: RunningScript) -> Dict[str, Any]:
+        """What a supervisor needs to know of a script; and the log told how it is run."""
+        shell = find_shell()
+        spec, workspace = script.spec, script.workspace
+        lines = [
+            'Executable directory is ' + os.path.dirname(shell),
+            'Executable name or full path: ' + shell,
+            "Starting %s in working directory '%s' using 'Unicode (UTF-8)' encoding running as '%s'"
+            % (shell, workspace.path, user_name()),
+        ]
+        if shell != '/bin/bash':
+            lines.append('There is no /bin/bash on this host: the script runs under ' + shell)
+            logger.warning(
+                'There is no /bin/bash here: script %s runs under %s', spec.ticket, shell
+            )
+        script.write_log(DEBUG, lines)
+        return {
+            'work': self._work,
+            'ticket': spec.ticket,
+            'command': [shell, workspace.bootstrap] + split_arguments(spec.arguments),
+            'environment': self._environment(),
+            'grace': self.limits.cancel_grace,
+            'line_limit': self.limits.log_line,
+        }
+
+    # -- over restarts
+
+    def attach(self) -> None:
+        """Take over the workspaces of an agent before us: those that run, wait or have ended."""
+        waiting = []
+        for name in _subfolders(self._work):
+            if _TICKET_PATTERN.match(name):
+                script = self._attach_one(Workspace(self._work, name))
+                if script is not None:
+                    waiting.append(script)
+        for _, script, deadline in sorted(waiting, key=lambda entry: entry[0]):
+            script.start_timer(deadline)
+            self.mutex.enter(script)
+
+    def _attach_one(
+        self, workspace: Workspace
+    ) -> Optional[Tuple[float, RunningScript, Optional[float]]]:
+        """Register a workspace; (created, script, deadline) of a script that still has to start."""
+        try:
+            state = workspace.state()
+            spec = ScriptSpec(*[state.get(field) for field in ScriptSpec._fields])
+        except (OSError, ValueError, AttributeError):
+            if os.path.isdir(workspace.inner('')):
+                workspace.delete()  # never made whole: its caller was never told of it
+            return None
+        script = RunningScript(spec, workspace, self)
+        script.prepared.set()
+        self._scripts[spec.ticket] = script
+        result = workspace.result()
+        hold = None if result is not None else workspace.lock()
+        if result is not None:
+            script.end_as_found(result)
+        elif hold is None or workspace.has('started'):
+            if hold is not None:
+                os.close(hold)
+            self.mutex.hold(script)
+            script.watch()
+            logger.info('Script %s is followed again', spec.ticket)
+        else:
+            script.hold(hold)
+            return state.get('created') or 0, script, state.get('mutex_deadline')
+        return None
+
+    def clean(self, older_than: float) -> None:
+        """Remove workspaces that nobody completed, some seconds after their last word; never those
+        of running scripts, nor folders that are no workspaces.
+        """
+        for name in _subfolders(self._work):
+            if _TICKET_PATTERN.match(name):
+                workspace = Workspace(self._work, name)
+                age = _seconds_since_last_word(workspace)
+                script = self.find(name)
+                if age is None or age < older_than:
+                    continue
+                if script is None:
+                    workspace.delete()
+                elif script.wait(0):
+                    self.forget(script)
+                else:
+                    continue
+                logger.info('The workspace of script %s was removed: nobody completed it', name)
+
+    def close(self) -> None:
+        """Let the launcher go; scripts that run go on."""
+        self.launcher.close()
+
+
+class WorkspaceCleaner:
+    """Removes old workspaces at its start and from time to time, in a thread of its own."""
+
+    def __init__(self, runner: ScriptRunner, environment: Mapping[str, str] = os.environ):
+        self._runner = runner
+        self._delay = self._span(environment, 'TENTACLE_WORKSPACE_CLEANER_DELAY', 2 * 3600)
+        self._age = self._span(environment, 'TENTACLE_WORKSPACE_CLEANER_DELETE_OLDER_THAN', 86400)
+        self._stop = threading.Event()
+        self._thread: Optional[threading.Thread] = None
+
+    @staticmethod
+    def _span(environment: Mapping[str, str], name: str, default: float) -> float:
+        text = environment.get(name)
+        if text is None:
+            return default
+        try:
+            return Span().read(text, []) or default
+        except ValueError:
+            logger.warning('%s is %s: a time span like 02:00:00 expected', name, printable(text))
+            return default
+
+    def start(self) -> None:
+        self._thread = start_thread('cleaner', self._run)
+
+    def _run(self) -> None:
+        while True:
+            self._runner.clean(self._age)
+            if self._stop.wait(self._delay):
+                return
+
+    def stop(self) -> None:
+        self._stop.set()
+        if self._thread is not None:
+            self._thread.join()
 
 
 # ---- 14. Tentacle services -----------------------------------------------------------------------
@@ -2861,9 +3565,10 @@ def _spec(ticket: str, command: Any) -> ScriptSpec:
         body or '',
         command.task_id or '',
         command.isolation,
-        command.mutex_name or DEFAULT_MUTEX,
+        printable(command.mutex_name or DEFAULT_MUTEX),
+        min(max(command.mutex_timeout or 0, 0), NO_MUTEX_TIMEOUT),
         command.files,
-        [argument or '' for argument in command.arguments],
+        ' '.join(command.arguments),
     )
 
 
@@ -2885,7 +3590,7 @@ def _status(cls: type, script: RunningScript, after: int) -> Any:
 class ScriptServiceV2:
     """`IScriptServiceV2`: the ticket is the caller's, so a call may be repeated."""
 
-    def __init__(self, scripts: ScriptRegistry, limits: Limits = LIMITS):
+    def __init__(self, scripts: ScriptRunner, limits: Limits = LIMITS):
         self._scripts = scripts
         self._limits = limits
 
@@ -2894,7 +3599,7 @@ class ScriptServiceV2:
         script = self._scripts.start(
             _spec(check_ticket(command.ticket and command.ticket.task_id), command)
         )
-        if command.duration_to_wait:
+        if command.duration_to_wait and not script.is_pending:
             script.wait(min(max(command.duration_to_wait, 0), self._limits.start_wait))
         return _status(ScriptStatusResponseV2, script, 0)
 
@@ -2933,7 +3638,7 @@ class ScriptService:
     code 0.
     """
 
-    def __init__(self, scripts: ScriptRegistry):
+    def __init__(self, scripts: ScriptRunner):
         self._scripts = scripts
 
     @exposed('StartScript', StartScriptCommand)
@@ -2982,11 +3687,16 @@ class FileTransferService:
         self._home = home
 
     def _full_path(self, remote_path: str) -> str:
-        return os.path.normpath(os.path.join(self._home, remote_path.replace('\\', '/')))
+        path = os.path.normpath(os.path.join(self._home, remote_path.replace('\\', '/')))
+        if '\0' in path or os.path.isdir(path):
+            raise TentacleError('%s is not a file' % printable(path))
+        return path
 
     @exposed('UploadFile', str, DataStream)
     def upload_file(self, remote_path: str, upload: DataStream) -> UploadResult:
         path = self._full_path(remote_path)
+        if os.path.exists(path) and not os.path.isfile(path):
+            raise TentacleError('%s is not a file' % path)
         folder, name = os.path.split(path)
         os.makedirs(folder, exist_ok=True)
         temporary = os.path.join(folder, '.%s.%s' % (name[:100], secrets.token_hex(8)))
@@ -3007,17 +3717,18 @@ class FileTransferService:
     def download_file(self, remote_path: str) -> Optional[DataStream]:
         path = self._full_path(remote_path)
         try:
-            details = os.stat(path)
+            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not hold us up
         except (FileNotFoundError, NotADirectoryError):
             return None
+        file = open(descriptor, 'rb')
+        details = os.fstat(descriptor)
         if not stat.S_ISREG(details.st_mode):
+            file.close()
             raise TentacleError('%s is not a file' % path)
-        return DataStream(details.st_size, lambda: open(path, 'rb'))
+        return DataStream(details.st_size, lambda: file)
 
 
-def tentacle_services(
-    home: str, scripts: ScriptRegistry, limits: Limits = LIMITS
-) -> ServiceRegistry:
+def tentacle_services(home: str, scripts: ScriptRunner, limits: Limits = LIMITS) -> ServiceRegistry:
     """The services that a tentacle offers, under the names of the wire (wire notes 4)."""
     services: Dict[str, Any] = {
         'IScriptService': ScriptService(scripts),
@@ -3157,8 +3868,7 @@ class SecureListener(socketserver.TCPServer):
         return _host_and_port(self.server_address)
 
     def serve_forever(self, poll_interval: Optional[float] = None) -> None:
-        """Accept until `stop`; sleeps while nothing comes (the inherited one wakes twice a second).
-        """
+        """Accept until `stop`, asleep while nothing comes (the inherited one wakes all the time)."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, selectors.EVENT_READ)
             selector.register(self._wake_ends[0], selectors.EVENT_READ)
@@ -3180,8 +3890,7 @@ class SecureListener(socketserver.TCPServer):
             raise
 
     def process_request(self, request: Any, client_address: Any) -> None:
-        """Take a connection over into its own thread; no I/O here, so nobody delays the next one.
-        """
+        """Take a connection over into its own thread; no I/O here, so none delays the next."""
         peer = _host_and_port(client_address)
         sock = self._acceptor.wrap(request)
         with self._lock:
@@ -3326,7 +4035,9 @@ class ListeningTentacle:
         work = os.path.join(home, 'Work')
         self._spool = work
         os.makedirs(work, mode=0o700, exist_ok=True)
-        self._services = tentacle_services(home, ScriptRegistry(work, environment, limits), limits)
+        self._scripts = ScriptRunner(work, environment, limits)
+        self._cleaner = WorkspaceCleaner(self._scripts)
+        self._services = tentacle_services(home, self._scripts, limits)
         self._listener = SecureListener(
             host,
             port,
@@ -3354,22 +4065,23 @@ class ListeningTentacle:
             exchange.close()
 
     def start(self) -> None:
+        """Take over what an agent before us left, and accept from now on."""
         threading.stack_size(self._limits.thread_stack)
+        self._scripts.attach()
+        self._cleaner.start()
         self._thread = start_thread('listener', self._listener.serve_forever)
 
     def stop(self) -> None:
-        """Close the port and every connection. Scripts that run are left alone."""
+        """Close the port and every connection. Scripts that run go on, for the next agent."""
         self._listener.stop()
         if self._thread is not None:
             self._thread.join()
         self._listener.server_close()
+        self._cleaner.stop()
+        self._scripts.close()
 
 
 # ---- 17. Dispatcher ------------------------------------------------------------------------------
-
-#: No limit, as the original's client writes it: the most milliseconds that an int32 holds (wire
-#: notes 3).
-NO_MUTEX_TIMEOUT = 2147483.647
 
 
 class OutputLine(NamedTuple):
@@ -3470,6 +4182,7 @@ class _ScriptCallsV1:
         return self._client.call_for(ScriptStatusResponse, 'IScriptService', method, command)
 
     def start(self, body: str, task_id: str, wait: float) -> Any:
+        """The first status. When its answer is lost nobody knows the ticket."""
         self._ticket = self._client.call_for(
             ScriptTicket,
             'IScriptService',
@@ -3516,20 +4229,32 @@ class _ScriptRun:
         self._limits = limits
         self._remarks = RemarkFilter()
         self._next = 0
-        self._state = PENDING
+        self._state: Optional[int] = None  # None: not known to have been started
         self._exit_code = 0
 
     def run(self, body: str, task_id: str) -> int:
         try:
-            self._take(self._calls.start(body, task_id, self._START_WAIT))
+            self._take(self._start(body, task_id))
             self._follow(lambda: self._ask(self._calls.status), float('inf'))
-        except ServiceError:
-            raise  # it was not started
-        except BaseException:
-            self._cancel()
+        except BaseException as error:
+            if not isinstance(error, KeyboardInterrupt):
+                self._on_line = lambda line: None  # it may be what failed
+            if self._state is not None or not isinstance(error, TentacleError):
+                self._cancel()
             raise
         self._complete()
         return self._exit_code
+
+    def _start(self, body: str, task_id: str) -> Any:
+        """The first status. A start whose answer was lost is asked for, and never sent again."""
+        try:
+            return self._calls.start(body, task_id, self._START_WAIT)
+        except ConnectionLost as error:
+            logger.info('%s; asking whether the script was started', error)
+            status = self._ask(self._calls.status)
+            if status.exit_code == UNKNOWN_TICKET_EXIT_CODE:
+                raise ConnectionLost('%s. The script was not started' % error)
+            return status
 
     def _take(self, status: Any) -> int:
         """Hand on the lines that are new; how many there were."""
@@ -3682,8 +4407,7 @@ class TentacleClient:
         return response.result
 
     def call_for(self, expected: type, service: str, method: str, *params: Any) -> Any:
-        """The same, where the result must be of a type. Raises ProtocolError when it is of another.
-        """
+        """The same, where the result must be of a type. Raises ProtocolError when it is not."""
         result = self.call(service, method, *params)
         if not isinstance(result, expected):
             raise ProtocolError(
@@ -3802,13 +4526,14 @@ def _settings_xml(values: Dict[str, str]) -> bytes:
     ).encode()
 
 
-def change_settings(path: str, change: Callable[[Dict[str, str]], None]) -> None:
-    """Read, change and replace the settings file, while no other of our commands does. Raises
-    TentacleError.
+@contextlib.contextmanager
+def locked_folder(folder: str) -> Iterator[None]:
+    """Keep our other commands from changing a folder, which is made where it is missing.
+
+    Raises TentacleError.
     """
     import fcntl
 
-    folder = os.path.dirname(path)
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
         lock = os.open(folder, os.O_RDONLY)
@@ -3819,16 +4544,25 @@ def change_settings(path: str, change: Callable[[Dict[str, str]], None]) -> None
         )
     try:
         fcntl.flock(lock, fcntl.LOCK_EX)
+        yield
+    finally:
+        os.close(lock)
+
+
+def change_settings(path: str, change: Callable[[Dict[str, str]], None]) -> None:
+    """Read, change and replace the settings file, while no other of our commands does.
+
+    Raises TentacleError.
+    """
+    with locked_folder(os.path.dirname(path)):
         values = read_settings_file(path)
         before = dict(values)
         change(values)
         if values != before or not os.path.exists(path):
             write_private(path, _settings_xml(values))
-    finally:
-        os.close(lock)
 
 
-def read_trusted(values: Dict[str, str]) -> List[Dict[str, Any]]:
+def read_trusted(path: str, values: Dict[str, str]) -> List[Dict[str, Any]]:
     """The trusted servers as the settings have them: documents with `Thumbprint`,
     `CommunicationStyle` ...
     """
@@ -3839,8 +4573,8 @@ def read_trusted(values: Dict[str, str]) -> List[Dict[str, Any]]:
             raise ValueError('a list of servers expected')
     except ValueError as error:
         raise TentacleError(
-            '%s in the settings is damaged (%s): mend it, or `tentacle.py configure --reset-trust`'
-            % (KEY_TRUSTED, error)
+            '%s in %s is damaged (%s): mend it, or `tentacle.py configure --reset-trust`'
+            % (KEY_TRUSTED, path, error)
         )
     return servers
 
@@ -3860,13 +4594,14 @@ def change_trust(
             if reset
             else [
                 server
-                for server in read_trusted(values)
+                for server in read_trusted(path, values)
                 if str(server.get('Thumbprint')).upper() not in removed
             ]
         )
         known = {str(server.get('Thumbprint')).upper() for server in servers}
         for thumbprint in added:
             if thumbprint not in known:
+                known.add(thumbprint)
                 servers.append(
                     {
                         'Thumbprint': thumbprint,
@@ -3886,7 +4621,7 @@ def read_settings(path: str) -> Settings:
     values = {key: text.strip() for key, text in read_settings_file(path).items()}
     folder = os.path.dirname(path)
     port = values.get(KEY_PORT) or str(LISTENING_PORT)
-    if not port.isdigit() or int(port) > 65535:
+    if not re.match(r'[0-9]{1,5}\Z', port) or int(port) > 65535:
         raise TentacleError(
             '%s in %s must be a port from 0 to 65535, and is %s' % (KEY_PORT, path, printable(port))
         )
@@ -3898,7 +4633,7 @@ def read_settings(path: str) -> Settings:
         '' if address.lower() == 'any' else address,
         tuple(
             str(server.get('Thumbprint')).upper()
-            for server in read_trusted(values)
+            for server in read_trusted(path, values)
             if server.get('Thumbprint')
         ),
         values.get(KEY_APPLICATIONS) or '/home/Octopus/Applications',
@@ -3955,7 +4690,11 @@ def our_identity(settings: Settings) -> Identity:
         return load_identity(settings.certificate_path)
     except FileNotFoundError:
         logger.info('There is no certificate yet: %s is made', settings.certificate_path)
-    identity = create_identity(settings.certificate_path)
+    with locked_folder(os.path.dirname(settings.certificate_path)):
+        try:
+            return load_identity(settings.certificate_path)  # another one was faster
+        except FileNotFoundError:
+            identity = create_identity(settings.certificate_path)
     record_identity(settings, identity)
     return identity
 
@@ -4204,24 +4943,27 @@ def _program(arguments: Any, verb: str) -> str:
 
 
 def _port(text: str) -> int:
-    if not text.isdigit() or int(text) > 65535:
+    if not re.match(r'[0-9]{1,5}\Z', text) or int(text) > 65535:
         raise UsageError('%s is not a port: 0 to 65535 expected (0 = a free one)' % printable(text))
     return int(text)
 
 
-def _wait_for_signal(*signals: int) -> int:
-    """Sleep until one of the signals comes; which. The main thread alone may call."""
-    came: List[int] = []
-    stop = threading.Event()
+class SignalWaiter:
+    """Catches signals from its making on; `wait` sleeps until one comes. The main thread alone.
 
-    def note(number: int, frame: Any) -> None:
-        came.append(number)
-        stop.set()
+    The handler does nothing: one that sets an Event can meet the lock that its own thread holds.
+    """
 
-    for number in signals:
-        signal.signal(number, note)
-    stop.wait()
-    return came[0]
+    def __init__(self, *signals: int):
+        self._reader, self._writer = socket.socketpair()
+        self._writer.setblocking(False)
+        signal.set_wakeup_fd(self._writer.fileno())
+        for number in signals:
+            signal.signal(number, lambda number, frame: None)
+
+    def wait(self) -> int:
+        """The number of the signal that came."""
+        return self._reader.recv(1)[0]
 
 
 @_command(
@@ -4269,14 +5011,13 @@ def _listen(arguments: Any) -> int:
     if not pinned:
         say(
             'Agent trusts no Octopus Server yet, so it will refuse every connection. '
-            'To trust one: %s THUMBPRINT'
-            % _program(arguments, 'configure --trust')
+            'To trust one: %s THUMBPRINT' % _program(arguments, 'configure --trust')
         )
+    signals = SignalWaiter(signal.SIGTERM, signal.SIGINT)
     agent.start()
     say('listen://%s/ ... Listener started' % agent.address)
     say('Agent listening on: %s' % agent.address)
-    number = _wait_for_signal(signal.SIGTERM, signal.SIGINT)
-    logger.info('Stopping: %s', signal.Signals(number).name)
+    logger.info('Stopping: %s', signal.Signals(signals.wait()).name)
     agent.stop()
     return 0
 
@@ -4360,6 +5101,7 @@ def _exec(arguments: Any) -> int:
     script = _read_script(arguments)
     settings = _settings(arguments)
     endpoint = _pinned_target(arguments, settings)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with TentacleClient(endpoint, our_identity(settings)) as client:
         exit_code = client.run_script(script, _LinePrinter(arguments.verbose))
     if exit_code < 0:
@@ -4622,7 +5364,7 @@ def _parse_command_line(argv: List[str]) -> Tuple[Optional[Command], Any]:
         )
         overview.add_argument('--version', action='version', version=__version__)
         overview.add_argument('command', nargs='?', help=argparse.SUPPRESS)
-        name = overview.parse_args(argv).command
+        name = overview.parse_known_args(argv)[0].command
         if name is not None:
             overview.error('%s is no command; tentacle.py --help lists them' % printable(name))
         overview.print_help()
@@ -4657,8 +5399,13 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             file=sys.stderr,
         )
         return 1
-    for stream in (sys.stdout, sys.stderr):
+    for stream in (sys.stdin, sys.stdout, sys.stderr):
+        if stream is None:
+            return 2  # without standard streams nobody could be told anything
         stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
+    if argv is None and sys.argv[1:] == ['_launcher']:
+        run_launcher(socket.socket(fileno=os.dup(0)))
+        return 0
     verb, arguments = _parse_command_line(list(sys.argv[1:] if argv is None else argv))
     if verb is None:
         return 2
@@ -4666,12 +5413,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return verb.function(arguments)
     except TentacleError as error:
-        print('tentacle.py: %s' % error, file=sys.stderr)
+        print('tentacle.py: ' + printable(error, 2000), file=sys.stderr)
         return error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # who read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        return 1
+    except OSError as error:
+        print('tentacle.py: %s' % error, file=sys.stderr)
         return 1
 
 

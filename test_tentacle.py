@@ -1,0 +1,3240 @@
+# SPDX-License-Identifier: MIT
+"""Tests and benchmarks of tentacle.py, in the order of its sections.
+
+    make test                  all tests
+    python3 test_tentacle.py   the benchmarks (make bench)
+
+Real sockets, processes and TLS; tables for what is pure. Every test leaves no thread, descriptor or
+child behind: a fixture looks.
+"""
+
+import ast
+import base64
+import contextlib
+import hashlib
+import io
+import json
+import os
+import random
+import re
+import resource
+import shlex
+import shutil
+import signal
+import socket
+import ssl
+import stat
+import struct
+import subprocess
+import sys
+import threading
+import time
+import uuid
+import zlib
+
+import pytest
+
+import tentacle
+from tentacle import LIMITS, Int64, UtcDate
+
+HERE = os.path.dirname(os.path.abspath(__file__))
+PROGRAM = os.path.join(HERE, 'tentacle.py')
+OPENSSL = shutil.which('openssl')
+TLS_1_2, TLS_1_3 = ssl.TLSVersion.TLSv1_2, ssl.TLSVersion.TLSv1_3
+
+# Conversations of the original (Octopus.Tentacle.Client and Octopus Tentacle 9 over Halibut 8.1 on
+# Linux), tapped inside TLS on 2026-11-21: their messages as raw DEFLATE, reduced to those that
+# differ from each other (of the questions for a status only the last).
+CAPTURES = {
+    'listening-two-calls': [
+        (
+            'client',
+            'dZG9bxNBFMSHiyNBqnRAgyJBgxTbu+fv6+LThVgKkr8gBaLYOz/sVe52j913FvdnUNKCqOj512hRHIOQJer3'
+            'G828mToAjl6T92pNuA2A4AXXJaED4ErlOq24tXTK+NI6bk2dZZvZvDWnjxV53gvPz/YoAr3CDYBJrEqV6lyz'
+            'Jr8gt9UZvQ2j6BXxv5cLX5vsnXx/1j7ryTALO5KaqvNh0OyGottUvdGoOZL9lQpVKodpH8cqY73VXE9WOAXQ'
+            'ePb8fPbrW2P8/cvn4uuPJz+PyKxKqw1j9gAIpjbPtVnv084qqmipC7IV4xEAISIRRkIgmBO7+lp7JqPNepET'
+            'lRPD5LYq/0uKSEic7sjYVoavdaEZxwCC2BpDGWtrEues2zGHRr2d0TIr41yT4b3kkJI7aqw8vXEaTwFsmEsf'
+            'tdu5zVS+sZ4j2RVi2L4LXVim5aYq0tLd/fwSQJwM4lHS7YfhSAy6Igkvwr4MZXjZ74+Hg6QjxrFMxjLBydTZ'
+            'TzVOLq3LaE7e5lu6sp7xcOJvKF3Y7JY4+VMnEPj7GfH4v/siKIg39n6bg6nRKJVThd8VBuA3',
+        ),
+        (
+            'service',
+            'dZA/T8MwEMVfUyYWxMCegbExjZsW0g1V4s+AikgVhorBca7IkhVbtoPUmU/AR+MboaBQBSFuu3v30713HyNg'
+            '/EDei1fC+wiIzsPeEjIAd0Krqg1s40TjrXGBPToTjDSaPZG3pvHUk5O430WkajwDuF8JKyqlVVDkC3JvSlLJ'
+            'l8tbCkPl2u8buU1f4ot4nnLJZyklYra7TDI+zRIxz/MkTxe14KJKr6oFjsk54zB25Fsd8ImD4S2AtQzGtp5t'
+            'qAlCamIr0wQnZPBsePRX85Ok5JP4fx5HRWu7F1A9hLHuDExx0iUupFM29FkRpTjrpjdK0/cDd+QOGsfpH6Lk'
+            '6OoL',
+        ),
+        (
+            'client',
+            'dZFBb9NAFIQHt5Wgp94QJ3LggoSTtRPsxLfGcmmkIqVJoAfEYWO/Jqvau2b3OcJCcObIf0BC/CLu/Ab+AGoa'
+            'EIrE+X2jmTfTesDBS3JOrgg3HuA94bYm9AGcy1ItG+4urNSuNpa7U2vY5KbszuhdQ453wmedHQpPFbgCMEll'
+            'LZeqVKzIzcluVE6vwyR5Qfzv5dS1On8TvO30Otf9IgquZd8Pi5j8wWgkfBnJoU9BNIqL4TAW8RJHMme1UdxO'
+            'CpwAOPz6+MevT/6XybfvP9XHz/WHA9JFbZRmXN4DvKkpS6VXu7SXDTW0UBWZhvEAgBCJCBMh4M2IbXuhHJNW'
+            'ejUvieqJZrIbWf4lRSICnGzJ1DSaL1SlGEcAvNRoTTkrozNrjd0y+0bPt0aLvE5LRZp3kn0q2FJj6eiVVXgE'
+            'YM1cu6TXK00uy7VxnAQDIYa929CVYVqsm2pZ29ufnwJIszgdZYMoDEciHogsPA2jIAzCsygaD+OsL8ZpkI2D'
+            'DMdTa963OD4zNqcZOVNu6Nw4xv2Ju6Ll3OQ3xNmfOgHP3c2Ih//dF15FvDZ32+xNjcNaWlm5bWEAfgM=',
+        ),
+        (
+            'service',
+            'dZC9TsNAEIQnDhUNoqB3QRkfthP5Jx2KxE+BgnBkiojifF6jkyzf6e6MlJon4NF4I2RkIiPEdruzn3ZmP2bA'
+            '/IGs5a+E9xngXbqDJqwA3PFWVr1jO8M7q5Vx7NEop4Rq2RNZrTpLI7nwx114ssYzgPsN17ySrXSSbEHmTQoq'
+            '4/X6ltxUubaHTuyjF//Kb5Z1EjV8GcR1SsEqz8OAJzwLKErytM6yNEwrnJIxymBuyPatwyeOhvcAtsIp3Vu2'
+            'o85x0RLbqM4ZLpxl06O/mp8kZbzw/+dxUvR6eAHVUxjbwUCIsyFxIYzUbswKL8LFML2RLX0/sCFz1GKc/yHK'
+            'GEN9AQ==',
+        ),
+    ],
+    'listening-script-v2-exit7': [
+        (
+            'client',
+            'dZFPb9NAFMQHt5Wgp94QcMmBCxJJ1v+S1D01lttGFJQmgR4Kh7XzSFa1d83uc4RPHPkgfFHUNCAUifP7jWbe'
+            'TOsBB+/JObki3HuA95rbmhACuJKlyhvuLazUrjaWe1Nr2BSm7M3oW0OOd8K3nR0KTy1xC2CSylrmqlSsyM3J'
+            'blRBn4IkuST+93LuWl3c+V86/U6cj4ZxGAfdaBgF3YjCvCtDX3YHo7jw8ygP5fArjmTBaqO4nSxxAuBwNv95'
+            'N748+/Dr5frzq3fJjwPSy9oozbh5AnhTU5ZKr3ZpbxpqaKEqMg3jGQAhEhEkQsCbEdv2WjkmrfRqXhLVE81k'
+            'N7L8S4pE+DjZkqlpNF+rSjGOAHip0ZoKVkZn1hq7ZfaN4q3RoqjTUpHmnWSf8rfUWDr6aBVeAFgz1y7p90tT'
+            'yHJtHCd+JETcfwhdGabFuqny2j78/AZAmg3T0ywaBMGpGEYiC86DgR/4wcVgMB4Ns1CMUz8b+xmOp9Z8b3F8'
+            'YWxBM3Km3NCVcYynE3dL+dwU98TZnzoBzz3OiOf/3RdeRbw2j9vsTY3DWlpZuW1hAH4D',
+        ),
+        (
+            'service',
+            'dZA/T8MwEMVfUyYWxMCegbExxElI1Q1V4s+AikgVhorBdq/IUhRbtoPUmU/AR+MboaBQBSFuu3v30713HxNg'
+            '+kDei1fC+wSIzsPeEnIAd6LRsgts7UTrrXGBPToTjDINeyJvTetpIGfxsItIb/EM4H4prJC60UGTr8i9aUU1'
+            'XyxuKYyVa79v1SZ9iS/iQs7LIit4kpc5T3LKZCKyVCRX80KlMpeZKHc4JueMw9SR75qATxwMbwCsVDC282xN'
+            'bRCqIbY0bXBCBc/GR381P0lqPov/53FUdbZ/AW3HMFa9gUuc9Ikr5bQNQ1ZEKc766Y1u6PuBO3IHjeP0D1Fz'
+            '9PUF',
+        ),
+        (
+            'client',
+            'dVPBbttGEH2mFaARisIF2kNuRFAEKBDRS0qWZBYNYKkSLCRubUuJD20PK3IqLULuMrtDxbr2F3LNocfecgl6'
+            '6s1/0h7zD0VBUXZdo+VpZ/bNzpt5j08bwO4JOScXhK8bgPcFrwtCG8CxzNS85GBmpXaFsRycWsMmMVlwTq9K'
+            'crwtfOxvofBUihMAk2liVcFTsiuV0IsojqcsLdfZI7fWyffhj/6+H6VJWxy2u62fKEpbnb7st+bdNrVo3p73'
+            'IylEOO/gnkxYrRSvJyn2ADS6969arb9+Pf7tyYevfv5l5/0u6bQwSjPOdgDv1GSZ0ostx7OSSpqpnEzJuA9A'
+            'iFhEsRDwzont+plyTFrpxTQjKiaaya5kdoMUsQixt0EOTan5mcoV4x4Ab2i0poSV0SNrjd1gZncaHWwazZJi'
+            'mCnSvC25iwo3qIF09NwqPACwZC5cvL+fmURmS+M4DjtCHOxXpHPDNFuW+byw1cxfAhiOesPDUacbRYei1xGj'
+            '6CjqhlEYjbvdQb83aovBMBwNwhGap9ZcrtEcG5vQOTmTrejYOMZHE3dB86lJXhKPrtcJeK6WEJ/+h6rwcuKl'
+            'SfExgFsCo1FIK3OHDzvArsCflSq1r34A8F3CpihdMCPNMskoGBrNVibsgjsNgluPDk2eS52+iB77//8Admvw'
+            'TFVz4FE1wUy6l5MUnwNwKnn6an75fD0ueme9s0VfvF4AXl0zMOkaFwAoWRo/U5p8o6n5T8SvTR09rMOlJfL/'
+            'ePvGv/pdX71LTEoP63s2vuOUrPWfPIqadKnY7zVviHxSLYvsimyVcK0Q3jellZWPZuZCKh4bu53CjJVWbnnb'
+            'jAfYmziTbeCovi37m+RJyXR5bbDPAESdIBJxO4yjdtDt9ISovPZv+Lcypw2v81JvfoVaxu0y3cbuaIxVRtfn'
+            'I7soc9LXdxWTvwE=',
+        ),
+        (
+            'service',
+            'lZNNT1NBFIZfuBADboiJC01MJsFYTOgHbYWWHSF8Kd8tuiBo5s49lAmXmTJzLm0XLv0Fbt2YuDdx48Yd/0R/'
+            'h4m5LTTWWMTZzcd58r7nPXM2DgRb5L1sEN6MA6OPudMklAGsy1iHCefqThrftI5zu86yVTbO7ZNvWuPpqnJW'
+            'XL3FqI6wBWCjppxuco3chVb0sri4WGPpuHe65DtGHc4dibwoRqpUqJbms8dUjLLliqxkw/kSZSkshZWiLBTm'
+            'wjImyTnrEDjyScz4OtaX+RrAjmLbTHyuToaliim3bA07qdjn/hBxvWfJib+28LI4K4YjENS1OiXGEwCjdelP'
+            'NyLcB+C1enEetg86q82FvYW9RqXQagBjm7bh8SMAggLWAEzVbOIUIV0TO0olzlGEyqfZnx9HUiC1GQ8BTE/b'
+            'noZDz5FNOHtBLrSejoBgDq2hpOoA6TmAJXWeaKdNQ2hvY8naGnGWMLXFfmKMNo1eE0RL84nYthv9R9qItFPk'
+            'Upc+OwcExRs8VP/tIaJjmcSceih1tV2TRgdIawOkRwBW2qQSlmFMItKOFFvXEdqLfKgNEJRxMBS2PgCbGYQZ'
+            'eUbCOnGcxLFoSj5Z7CLzofQnQPAMX27JfQegO9Bpn/sIoY1oWXeaHkZ93Zm8dxd5vhqt/CvrTvN/m56MSHxa'
+            'mTkwWtmIxMxBfTVbeZoRZJSN0ivXS1BILzLOWs4AwTzmh2a0OSB6AkCsDQlrCAgW/r+QWxYIKli9ZeGDfuGJ'
+            'IxLfP7wXl9/M5efUHhBUsfAbaOQG0CQAtsJzRM6lX6KAt0Oj2hoo3QWw66wi35ufflK3jEVQWzNFvf/SzSUV'
+            'fW+b2rxpGzU6T8gowt1uI1JJLLmnaGqlrXk5tXqnd/kL',
+        ),
+        (
+            'client',
+            'dZKxbxMxGMUfl1aCMrQdGNiiCiEhNYnvmuSS25rTVY0oImmu7YAQcpyvidU7+2r7QvOPIJaOTKyMzPxB7Ego'
+            'aUBqBV79+957n5+fVoDKG7KWTwm/PMB74RYF4QDAMc/kuHT11HBlC21cfWC000Jn9VO6Lsm69eB+dY3CkxMM'
+            'APRHwsjCjcjMpaDzIIpinRcZObq7OLQLJd4F76uN6liMm+wybNe6bd+vNTstVuPjIKgd8FYo2pdBt9OdYJML'
+            'J+fSLfoT7ADYmG9/+777aXD8dS+6+PHz822F1KTQUjkMHwHeQGeZVNN1zGFJJaUyJ106PAHAWMSCiDF4p+TM'
+            '4kRaR0qq6SgjKvrKkZnz7C/JIuZjZ0XGulTuRObSYROAF2ulSDipVWKMNivmoVFrZZSKIs4kKbceSR9Q/orq'
+            'cUtnRuI5gJlzhY0ajUwLns20dZHfZKzVWIbOtaN0Vubjwix3fgUgTsK4mzTbQdBlYZMlwWHQ9gM/OGq3e50w'
+            'OWC92E96foKtgdE3C2wdaSPolKzO5nSsrcPjvr2g8UiLK3LJn+cEPHvXInb/USy8nNxMT7C9jHCvY2wU3PDc'
+            '4guACsPtUuvud30A8FY4XZS2npJyXGRUj7Vyhgtn6w886vd1Y53nXE3Og/3q/zVQSeVyD7xcuqbcXvUneAbA'
+            'SvH6enxztjgqwmE4nHbYxylW5zc=',
+        ),
+        (
+            'service',
+            'Lcu9CsIwFIbhD916FR0cTbWxP9ZNXHQQRMVFHNL0VAqxCSep4DV5Bd6dg87v834AjPfkvboT3gBGk/ByhAzA'
+            'VpmuHkJyZtV7ZzkkB7bBamuSI3lne0//cxr/LUZdgwOA3Ulz58KJ+NlpusjVamMfzlCgX1j7V6+v8hbP4lrX'
+            '2bwtC1EVaSqyZT4XqpZSLFRe6qKV1bJqEBGzZURMfjABwBc=',
+        ),
+    ],
+    'listening-script-v2-long': [
+        (
+            'client',
+            'dZHNbtNAFIUPbitBV10goe6yYINEkrHj/Ni7xnJppFZKk0AXFYuxc5OMas+YmesIPwxvgMR7wOPwAKCmAaFI'
+            'rO93dM49p/GAoxtyTq4JDx7gveamIvQAXMlCZTV3FlZqVxnLnak1bHJTdGb0qSbHe+Hb1h6Fp5a4AzBJZCUz'
+            'VShW5OZktyqnD0EcvyP+93LhGp3f+x9b3VaeBaKf5bK9Wq167XApV22Z+2HbjwZ+bxT2o2UvwonMWW0VN5Ml'
+            'zgAcf79v/fj569vN15fncpR+iY5ILyujNOP2GeBNTVEovd6nva2ppoUqydSMFwCEiEUQCwFvRmyba+WYtNLr'
+            'eUFUTTST3criLyli4eNsRyam1nytSsU4AeAlRmvKWRmdWmvsjjk06u+MFnmVFIo07yWHlL+jxtLRe6twDmDD'
+            'XLm42y1MLouNcRz7oRDD7mPo0jAtNnWZVfbx5zcAknSYRGk4CIJIDEORBhfBwA/84HIwGI+GaU+MEz8d+ylO'
+            'p9Z8bnB6aWxOM3Km2NKVcYznE3dH2dzkD8TpnzoBzz3NiFf/3RdeSbwxT9scTI3jSlpZul1hAH4D',
+        ),
+        (
+            'service',
+            'dZC9TsNAEIQnCRUNoqB3QRmb+CcIp0OR+ClQEI5MEVGcz2t00sl3ulsjpeYJeDTeCBmZyAix3e7sp53Zjwkw'
+            'eyDvxSvhfQJMz3lvCRmAO6FV1XG0daL11jiOHp1hI42Onshb03oayHkw7GKqajwDuF8LKyqlFSvyBbk3JalM'
+            'Vqtb4rFy7fet3MUvwUUgq2SxrKQIm6ZJw6wWTShknIVxfhmnV9kyr9Mcx+SccZg58p1mfOJgeAdgI9nYzkdb'
+            'allITdHatOyEZB+Nj/5qfpKUyTz4n8dR0dn+BVSPYWx6Awuc9IkL6ZTlISumMc766Y3S9P3AhtxBS3D6hygT'
+            '9PUF',
+        ),
+        (
+            'client',
+            'dVLBbttGFJzQCpAKReEEQdAcAuhQoC0Q0SQlixKBHiyWagTEjS0xCYIkh9XyWVqY3GV3l4L1JT301GsvBXrp'
+            'qede8gH5gf5DjgEp2XCNZE+Lt/Pem9mZey1g75iMYUtCqwU439hNSegBeMJysaism2omTam0dU+0soqr3J3R'
+            'LxUZu2t83NlB4YgMxwCmc65Faeek14LTiyCK5pZpu60emY3kr/23nYMO58xnZ72su8hGi27/jIfdRegPu3R4'
+            'NsyGozAY+gPcZtyKtbCbaYZ9AK0f/vz93W///Pvs76//+/D+1+8e7JHMSiWkxektwDlReS7kcsfxtKKKUlGQ'
+            'qiy+AOB5kRdEngdnRlZvngpjSQq5nOdE5VRa0muWXyG9yPOx3yBjVUn7VBTC4jYAJ1ZSErdCyURrpRtMemPR'
+            'YbMo5WWcC5J213IT5TeoMTP0XAs8BLCytjTRwUGuOMtXytjI73teeFCTLpSldFUVi1LXmr8HECdhPEr6gyAY'
+            'eWHfS4KjYOAHfjAZDMbDMOl549hPxn6C9olWFxu0J0pzmpFR+ZqeKGNxZ2pe0mKu+DnZ5PI7AcdsLcTdT7gK'
+            'pyC7Uhm+BHDNYLRKpllh8NctYM/DH7Ur21y9AfCMW1VWxk1JWsZzcmMlrWbcGvfGAvfa0FgVBZPZi+Bx5/MD'
+            'sLcFp6LWgW9rBSkz59MMDwC8OrrolbNXozj5qV9M/bE4D+JTwNk2jVW2wSMAxFeqs6ClkG1Th6ITtpsSyax9'
+            'Ne+rWjPpNem6YLo+nB8rzeo4pOolE3ai9I6MmggpzOp6pg6xPzUqb+Coz47DVfG4snRxmZP7AIK+G3hRz4+C'
+            'njvoh55XR+b/8J9ZQQ2vWSWbRG/d2P2JaVKL1kTkdHk/0suqIHn5VjP5CA==',
+        ),
+        (
+            'service',
+            'jZLNa1NBFMVP84qiK3HhQhBGKqRCk2eSfqTd1VBrpB/apJVSKsybd5MOeZ1JZ+60CXbtQjf+C4J7F/59gryk'
+            'rUSMOquZO3N/nHPmxrNAtE3eyy7h8SxQeMLDPmERwEuZ6SRwue2k8X3ruPzaWbbKZuU98n1rPF11Loirtyjo'
+            'FNsAmi3ldJ9b5M61ooPq2lqLpeNxdd0PjTqqHItYKCUrslNLS0m6mpQWO2qllKxU6iVa6tTT+upKtV5Zxl1y'
+            'zjpEjnzIGMPoRuY7ALuKbT/4cpsMS5VRuWENO6nYl38TcX1mycFfWzioLojpCERtrXrEKAIotKXvNVM8AHC4'
+            'Pqj19w5XGxubi6fNynPdqzbeALNbtuvxtQBEz7AJ4F7LBqcI+bqzq1RwjlK8/7bw48tMTqQB4yGAuTk7FnHk'
+            'ObWBS+fkEuvpGIgquJhKupwgvQKwrs6Cdtp0hfY2k6ytEaeBaSD2gjHadMcpiAvNJ2LHNm8eaSPyqMjlNn2p'
+            'AkTVv3i4/LeHlDoyZJx7qI20XZMKE6SPE6RHADYGpALLJCORakeKrRsK7UWcaANEi9j/T9j8JMzIUxLWiU7I'
+            'MtGXfLI2QsaJ9CdAtITvU7mfJrgfAIwmOs/5BpFHeGFdLy/+0l2MvTuP+Wq24rfW9eI/jk9RBJ+3FveNVjYl'
+            'Mb/fflGqPy0KMsqm+ZUbf6GQXhSdtVwEomXUpn7S5wnVtwAk1M0zxP0dGvCW7bboLJBRhNuj1hzEkgkz+XZj'
+            'oLlh0zEVwE8=',
+        ),
+        (
+            'client',
+            'dZKxbhNBEIZ/7ERAaAIFUjoXSAgptu8uji92Z58uiYURsX0ERYhivZ7Yq9ztHrtzVixehBdBNCBR8R4peQAa'
+            'KmTHCVIE0430zf/P7L87ZaD8ipwTU8KjMlB6xoucsAfgWKRqXHAtsUK73FiunVjDRpq0NqQPBTleD+5W1ihK'
+            'aoKXAHojaVXOI7JzJek0aLePiEcsuHAdt9DyXfi+Uq+ci9aB9KhVJb85qTb8sayOQ/Kr+75sNoPAC8fn+9gU'
+            'ktVc8aI3wTaAjZ/fP/3Orr52vlwNfowrH3+VSU9yozRjcA8onZg0VXq63nBQUEGJysgUjIcAPK/tBW3PQ2lI'
+            'bBd95Zi00tNRSpT3NJOdi/SW9Nqej+0VGZlCc19lirEJoBQZrUmyMjq21tgVk9wx2l8ZJTKPUkWa1yN3KX9F'
+            'dYWjN1ZhB8CMOXftej01UqQz47jtNzwvrC+XzgxTMiuycW6XN78AEMVh1IobzSBoeWHDi4NO0PQDPzhsNrsH'
+            'YbzndSM/7voxtk6suVxg69BYSUNyJp3TsXGMBz33lsYjIy+I45vnBEruOkA8/kemKGXEMzPBFoDbeLGRCysy'
+            'h28Ayh4+L2Wu/9R7AK8lm7xwtYQ0C5lSLTKarZDsanfkb/qV6jrN02C38n8FlBO1PADPl56JcBe9CZ4COOtc'
+            '7uXDs1YUHzWynt9VF0E0AJ70heO+mY6W4loS7uNv/QE=',
+        ),
+        (
+            'service',
+            'dY9NTtxAEEa/2GxghVhk3YtI2czYY2d+MuyIhWAUCD+2iFCUSO12MbRm6DbdZWI2XIEzcI0cgZskd4gUDQxR'
+            'iJLalVSv9F4WAOE+eS+nhEEABK/4uib0AezKuS4bjgonja+t4+jQWbbKzqNj8rU1npZkRyxvEegK7wFMcuV0'
+            'zTm5K63oJN3c3CHOWXLjt/y1UZ9Gn0UszuT4rerRuEvJsOr2k1J1yxEl3UGihsM07Y3KswHWyDnrEDryzZxx'
+            '++K35BcAB4pt3fioIMNSzSnKrGEnFfvoL4Wn/UHiKeAk7Yj/v0BYaDUjxmsAQSH9bFLhJYDTrfZNfXw6zrZ3'
+            '+heT5J2epdkRsLJnpx7fAIQ9JADWc9s4RVjM6oFSjXNU4ft95+fdIqOglrECgEwFhAlu/mCCZ8yPZ8wRgENn'
+            'FXkv4lKbuJT+XGgjYu+uYl6GxB+tm8X/dBXUaqZKfNV8LpStSPQAbHyglvfsNKfLhowirD6YL5xY8qPS+nar'
+            'ObPVYxSAXw==',
+        ),
+        (
+            'client',
+            'dZLRahNBGIWPmxa0CNYbwQshoCBCs9ndpJvs3jXLxgYqpslaKSIymf1thu7OrDOzoXkLb7zVO/FFfAl9Ai98'
+            'BZGkUWjRuZ3vP+f8c+Z2A2g8I2PYGeGXAziP7LIidAAcskLMautmmklTKW3dsVZWcVW4E3pXk7Gbwb3mBoUj'
+            'cowBjKZci8pOSS8Ep5MgjhNVVgVZurw4MEvJX/VfN9vN6G20T3k+a/l52Gl1Q77fYn2KWmE/Z71+5AWdboht'
+            'xq1YCLsc5dgFsPX954dP/MHX4Zcf828X7x8OGyTzSglpcXwDcMaqKIQ828Q8rqmmTJSkaotbADwv9oLY8+BM'
+            'yOrlkTCWpJBn04KoGklLesGKv6QXez5212SiammPRCkstgE4iZKSuBVKplorvWauG+2vjTJeJYUgaTcj2TXK'
+            'X1MDZuiFFrgPYG5tZeJ2u1CcFXNlbOx3Pa/XXoUulaVsXpezSq92fgIgSXtJlHbDIIi8XtdLg4Mg9AM/GIbh'
+            'oN9LO94g8dOBn2JnrNXFEjtDpTlNyKhiQYfKWNwcmZc0myp+Tjb985yAYy5bxN1/FAunJDtXOe6sIlzpGFsV'
+            '06w0+Ayg4eHjSuvyd70B8JxbVdXGzUhaxgtyEyWtZtwa95qHe1U3UWXJZH4S7DX/r4FGJlZ74PHKNWPmfJTj'
+            'HoDTg4tONTmNkvRptxz5A3EeJMdYn98=',
+        ),
+        (
+            'service',
+            'Lcs7DoJAFEbhP9ixCgpLQeUl0BkbLUyIGBtjMcxcDQkykzuDCWtyBe7OQuvznQ+A2ZGsFQ/CG4A3d5MhpAD2'
+            'ou/a0UVnFoM1ml1Us3Za6j46kTV6sPQ/F8HfwusUagCHRnJnXEP86iRd4qra6afpydEvbO00yGtxC5ZBeS8z'
+            'UqoN1ypPwjSXWSgKKsO8UGJTlKs4SXP4xKwZPpMdewfgCw==',
+        ),
+    ],
+    'listening-script-v2-cancel': [
+        (
+            'client',
+            'dZHBbtNAGIQHt5Wgp4gL4tYDFySSrDduTHyisVwaqUhpEugBcVg7v5JV7V2z+zvCr9Hn4MANIV4DXoAnQU0D'
+            'QpE4/99o5p9pA+DgDXmvVoSbAAiecVsTBgAuVKnzhnsLp4yvrePe1Fm2hS17M/rYkOed8MXJDkWgl7gGMElV'
+            'rXJdatbk5+Q2uqB3MkleE/97OfOtKd6HH076J7lYRsvTOOqOJMluNAhFdyRV0c1HeT6IQ5nHkcCRKlhvNLeT'
+            'JToADvnnjy+/bjvp7edv3+PHX18dkFnWVhvG1QMgmNqy1Ga1S3vVUEMLXZFtGI8ACJEImQiBYEbs2kvtmYw2'
+            'q3lJVE8Mk9uo8i8pEhGisyVT2xi+1JVmHAEIUmsMFaytyZyzbsvsG51ujRZFnZaaDO8k+1S4pcbK01un8RTA'
+            'mrn2Sb9f2kKVa+s5CSMRiv5d6MoyLdZNldfu7ufnANIsTkdZNJRyJOJIZPJMDkMZyvPhcPwyzgZinIbZOMxw'
+            'PHX2U4vjc+sKmpG35YYurGc8nPhryue2uCHO/tQJBP5+Rjz5774IKuK1vd9mb2oc1sqpym8LA/Ab',
+        ),
+        (
+            'service',
+            'dZA/S8RAEMXf5axsxMI+heVlTfYiIdfJgX8KOTFHLA6L3c0oCyG77G6Eq/0EfjS/kUTiERGnm3nzY96bjxkw'
+            'vyfvxSvhfQZE52FvCTmAW9Fq2Qe2daLz1rjAHpwJRpmWPZK3pvM0kot43EWkGzwBuFsLK6RuddDkK3JvWlHN'
+            'V6sbClPlyu87tcue44tYpk3eXBZ5UnLiSb7M0qTkQiWylHJZZFwWeYpjcs44zB35vg34xMHwDsBGBWN7z7bU'
+            'BaFaYmvTBSdU8Gx69Ffzk6Tmi/h/HkdVb4cXUDOFsRkMpDgZElfKaRvGrIgynA3Ta93S9wNfyB00jtM/RM0x'
+            '1Bc=',
+        ),
+        (
+            'client',
+            'dZLBbhNJEIb/TAxiDUJBAq1yswQHkPCkZ+yM8dxixxZGyZLYAxyAQ7td2C3PdM9291h434In4BkQp7wBj8Mj'
+            'oBk7UTaCPrWqv6r6q+vfrwG7p2QtnxPu1gDviVvnhBaAlzyV08L5ieHK5to4/8xop4VO/TH9W5B128TnjS0K'
+            'T85wCmA0EUbmbkJmJQW9DeN44rhxm+iRXSvxPvjYOGhMWyzo8ChoBl3xotkWIWtOu91PzeCwFbGoG0TTTwy3'
+            'uHByJd16NMMegBr/b+f7j/3GycXXR9HtL8ufu6RmuZbK4XwH8M50mko132o8L6igRGakC4e/ADAWszBmDN6Y'
+            'nFmfSOtISTWfpET5SDkyK55ekSxmAfYqsq8L5U5kJh1uAfD6WikSTmo1MEabikluNDqsGiUi76eSlNum3KSC'
+            'iupxS2+MxD6AhXO5jQ8OUi14utDWxUGbBeygFJ1pR8miyKa5KWd+BqA/6PS7g3YUhl3WabNBeBRGQRiEwyjq'
+            'vegMWqzXDwa9YID6mdGf16gPtRE0JqvTFb3U1uHOyL6j6USLJbnB5XcCnt2sEA9+s1V4GbmFnuEegGsLRi3n'
+            'hmcWFzvALsO3nStffQDwWjidF9ZPSDkuUvL7WjnDhbP+jQb+taJ9nWVczd6Gzxt/LoDdDZzIcg48LSdIuF2O'
+            'ZvgbwHhm3ejV6EwsqfdqmR1P3yST1jngbbJ6erbGYwAkFrphy95Szeu2NEajxepVWNGKTP2q7P1ydDIrMmXA'
+            'NgN4x4XhpSsS/Y5LN9Rmq0kPpZJ2cd1ah9gbWZ1WOMqzVXIVPC0cfb60y0MAYdsPWdwK4rDlR+0OY6Vz/o//'
+            'wzOqdI0LVRl7s5Tt19jKvKgNZUqX9yMzLzJSl2+lkl8=',
+        ),
+        (
+            'service',
+            'jZJNT1NBFIZfekkMrowbExOTSTAWE/px21IoO0TUEr6kLS4IJnPnnpZJLzNl5lwoGxPZuNaVW3f+AP+OP8XE'
+            '3LZgaqw6q5kz5zx533NObR4Idsl72SM8mQdyj/lqQKgBeCUTHaVcbDtp/MA6Lh44y1bZpHhIfmCNp0nlspjk'
+            'Iqdj7AJotpTTA26Ru9CKjirr6y2WjsfRDX9l1HF4IkoiqpbDVVkPC2FDrRVqqlIuRI1GtxCuVOvleiOsR90y'
+            '7pJz1iFw5NOE8S64lfkWwL5iO0h9sU2GpUqouGkNO6nYF38TcfNmyam/sXBUWRazEQjaWvWJsQQg15a+34zx'
+            'AMBh7Lm53TxQfXq23T97HnXareprYH7H9jy+5oCgjJcA7rVs6hQhOwv7SqXOUYz335d/fJnLkDRkPASwuGjH'
+            'Ko49xzblwgW5yHo6AYIQlzNJ11OkbQAb6jzVTpue0N4mkrU14ixlGorD1BhteuM2iEvNp2LPNm+TtBFZr8hl'
+            'Pn0hBILKXzxc/9tDTF2ZJpx5qI603ZByU6SPU6RHALaGpFKWUUIi1o4UW3cltBelSBsgqKHzn7ClaZiRZySs'
+            'E900ScRA8un6CFmKpD8FghV8m8n9NMX9AGC00lmfbxFZCy+t62fBX7rzJe8uSjxZrtIb6/qlP+9PXqQ+q813'
+            'jFY2JrHUab8orD3NCzLKxtmXG89QSC/yzlrOA0Ed9ZlT+jwlewGAn8gGcH+Phrxjey06T8kowp1RdcZiyYS5'
+            '7Lo11Lxp4zEYwE8=',
+        ),
+        (
+            'client',
+            'dZJNbhNBEIUfdiIgsAgoEgIJyQskQIrtnvH4J14lNhPiYIR/JmGBshj3lOyWx91Dd42FD5HrsOQ6XAPZcYIU'
+            'Qe1K+uq9qn79qggUP5Nz8ZTwtAgU3vAqI9QAnMWpmuRciWysXWYsVwbWsJEmrYzoe06Ot4OHpS2KgkrwCUBv'
+            'LK3KeEx2qSRd+u32R+Ixx5y7E7fS8lvzqlQtBcJvikmtXm54XlAOhBeUW0ndKweilfiJl1AzkNiNJaul4lUv'
+            'wT6AnfqTt8cH8cHx9fD4uvz6d79IOsmM0ozhA6AwMGmq9HS74TCnnCK1IJMzHgMQoi38thAojIjtqq8ck1Z6'
+            'Ok6Jsp5msss4vSNFW3jY35Bdk2vuq4Vi7AIodI3WJFkZHVpr7IaJ7hnVN0aRzLqpIs3bkfuUt6E6saMLq/AS'
+            'wIw5c+1qNTUyTmfGcdsLhCeq66UXhima5YtJZtc3vwfQDZvdozBo+P6RaAYi9E/8hud7/mmj0Wk1w5rodL2w'
+            '44XYG1jzY4W9U2MljciZdElnxjEe9dxXmoyNnBOHt88JFNxNgHj2j0xRWBDPTII9AHfxYieLbbxw+AWgKPBz'
+            'LXPzp64AfJFsstxVItIcy5QqXaPZxpJd5Z78bb9R3aZ56R+W/q+AYqTWB+Dd2jOK3byX4AWAUeK4d94byDl1'
+            'zueLD5OLaFwbAs/7seO+mY7X6loSHuJv/QE=',
+        ),
+        (
+            'service',
+            'dY8/T8JQFMUPoDFxMi6uHRwcaG1LEcKmYLSIirSyGE3Kezekae2r790aGP0EfkC/jKkBBxO3c++5f37nswG0'
+            'bsmYZEn4aADNY16XhADAdZKni4qdWCeFKZVmZ6oVK6FyZ0amVIWhzWbb2syimUrcAAgjodOSI9LvqaC5Pxhc'
+            'EUeccGXOzboQT71n69QKXL/nLjpd+8zzAjtwvcDuy65nB25f+tKT1AsE9klrpdHSZKqc8YVfyBcA94JVWRkn'
+            'poITkZMzVAXrRLBx/iBs6x+IbYC537b+P4FWnIqMGCf10zgxWShxBGAmDYfjcCoyuhhnr6PFYxx1HoCdiVoa'
+            '7ALA4R2teKKWEb1VVAjCXt0FcFATEBq1vFylPFSSNha+AQ==',
+        ),
+        (
+            'client',
+            'dZJNbhNBEIUfdiJIJKSQDWKB5AULkGK7Z+z4bxcPE8WRCY49CQuURbunbDee6R66eyx8CMSCu7BE4gBcgMuA'
+            '7BiILOhl66v3qupVqQgUX5G1fEo4LAKFZ26ZEWoAzngix7mrRIYrm2njKgOjnRY6qQzpfU7WbQqPShsUBRnj'
+            'AkBvJIzM3IjMQgq69judgCtBye33iV0q8bZ1U6qWJpPjWMQ1vyy81qRcJy8ut+LGpMza7VqTNf0Gjzl2uXBy'
+            'Id2yF+MAwI7//ebnp29PLz7qvc+ZefejSCrOtFQOl/eAwkAniVTTTZOXOeUUyZR07rAHgLEO8zuMoTAkZ5Z9'
+            'aR0pqaajhCjrKUdmwZM/JOswDwdrMtC5cn2ZSoddAIVAK0XCSa1CY7RZM9tGx2ujSGRBIkm5Tck25a2pLrd0'
+            'ZSSeAJg5l9lOtZpowZOZtq7j1ZnHqqumU+0omuXpODOrmV8ACMJm0A7rDd9vs2adhf6J3/B8zz9tNLqtZlhj'
+            '3cALu16I/YHRH5bYP9VG0JCsThZ0pq3Dg559Q+ORFnNy4e91AgV7myEe/SNWFFJyMx3j4aqFOwljJ+OGpxZf'
+            'ARQZvqyUbi/rBsBr4XSW20pEynGRUCXQyhkunK1sOVTuqgY6TbmKr/2j0v8VUIzkagY8X3lG3M57MR4DGMbW'
+            '9c57AzGn7vk8fTm+ika1S+Cwz63r6+lodS5KEO7j7/sF',
+        ),
+        (
+            'service',
+            'zZK7bhNBFIZ/e2lIQ0RDhTQFBYW960tInHRgIsVRiE12CQUCaTxz1h7tZmaZORs7XXgDXoEaHhEkZHlBApGe'
+            'U527vnN5HAHRKwpBLggPIqD9hG8qwh6AE1maec1x5qUNlfMcz7xjp1wZX1ConA3UVHZEk4u20TgHMEmVNxWn'
+            '5K+NosvB0dFYWkXl1v083Fj1bvReJCLPn2mlh4Ou6o/y7h71dXek9/Nu7/BweNA7GOxLLbFD3juPyFOoS0be'
+            '/s35AcBUsavqEGdkWaqS4rGz7KXiEP9FETc2S67DrxkuBx1xdwtEmVEFMZ4CaGcyFBONRwAudODJ6WSmCnpx'
+            'Wly9nL/J0uFr4N6ZWwR8bgFRD58A7Kau9orQBnB/qlTtPWl8/d758aW1aUlrRgYgXcmydCtjF2JakZdsnN0u'
+            'jfTxWlG1cYjV0pQkVtLwJjF3XpQysHC54CWJyjtFIQhXc1VzDET9/4BhgNs7Gb79wZACmDX1ydzYZC7DUhgr'
+            'kuCvE26uk7x1vkj+fQBBa8OkxcrwUiinSXT7AB6e05rP3CKljzVZRdjBVnY3z0BobdTjteGx09SE8BM=',
+        ),
+        (
+            'client',
+            'dZKxbhNBEIZ/7ESCSKCQBtG5AAmk2L47m4vtAik+LoojA4l9CQVKsd4b2Svf7R67cxZ+A3pegooyoqLgaXgM'
+            'ZMdAFMGWq2/+f2b+qVWB6mtyTkwJe1Wg8oSXBaEF4FhkalJyI7FCu8JYbpxaw0aarDGiDyU53hTu1zYoKirF'
+            'GwCDsbSq4DHZhZJ0EfR6kdCSsuvvQ7fU8n33stasBS8moUfhpN5tTTr1tqROvdMJ07oM2h1BLQpJdLAtJKuF'
+            '4uUgxS6ArfmDq6ffPv8cfsp/HH99qb9USaeFUZpxdgeonJosU3q6afKspJISlZMpGfcAeF7PC3qeh8qI2C6H'
+            'yjFppafjjKgYaCa7ENkf0ut5PnbXZGRKzUOVK8Y2gEpktCbJyujYWmPXzG2jF2ujRBZRpkjzpuQ25a+pvnB0'
+            'bhUeA5gxF67XbGZGimxmHPf8tud7zVXTuWFKZmU+Kexq5ucAovgg6sbtMAi63kHbi4PDIPQDPzgKw37nIG55'
+            '/ciP+36MnVNrPi6xc2SspBE5ky3o2DjG3YF7R5OxkXPi+Pc6gYq7zhAP/xErKjnxzKS4v2rhRsLYKoQVucN3'
+            'AFUPVyul68u6BPBWsilK10hIs5AZNSKj2QrJrnHLoXFTNTJ5LnR6EezX/q+AaqJWM+DZyjMRbj5I8QjAKHU8'
+            'OBmcyjn1T+b5q8l5Mm6dAXtD4XhopuPVuWhJ2MHf9ws=',
+        ),
+        (
+            'service',
+            'dY8xT8JQFIUPoAuTcXHt4OBAqynYFDZFE0oQkVYWo8nr6w1pWvvqe7cGdn+Bf88fU9MIDiZu95ycc+93P1tA'
+            '546MEWvCRwton/K2JAwATESexhU7kRaFKZVmZ6EVK6lyZ0mmVIWhXbNn7bJopwnmAIJQ6rTkkPR7KmnljkZj'
+            'UUjKf+wrsy3k0/DZOrfcy9i7IC+2h/3YtweSfNv3vcSW7sAX1CePhI8uaa00OppMlTO+8Mv5AuBesior40RU'
+            'sJA5OWNVsBaSjfOHYq9ZcGX2P6zcnvX/CnSiVGbEOGuORsJkQYITAMvEcDANFjKj62n2ehM/RmH/ATiYqbXB'
+            'IQAcz2nDM7UO6a2iQhK6jQvgqCEgtJvxdpPyWCWEuq5rAN8=',
+        ),
+        (
+            'client',
+            'dZLBbtNAFEUvSStBF1BWiF0WSIDUJLaTJsS7xrhqqiLSxC0SCKHx+LUZxZ4xM88R+Q82SEgs+QOQ2PBF/ANK'
+            'GpBawXrOu/e+ue9uHai/IOfEJQF1oPaIlyWhA+BI5CqtuJVYoV1pLLfG1rCRJm9N6H1FjjeDe40NiprKcApg'
+            'NJVWlTwlu1CSzoMwjExR5sR09XDgllq+8b23jXZjMOh1g37aawYXqWh2O/uimfb3u830otOhbNDtpQOJbSFZ'
+            'LRQvRxl2AWx9e5x9+tF+HX1PfnZ+fZx/rpPOSqM04/QWUBubPFf6cpPztKKKElWQqRh3AHhe6AWh56E2IbbL'
+            'E+WYtNKX05yoHGkmuxD5X9ILPR+7azIyleYTVSjGNoBaZLQmycro2Fpj18xNo/21USLLKFekeTOS3KD8NTUU'
+            'js6swkMAM+bShe12bqTIZ8Zx6Hc932uvQheGKZlVRVra1c5PAURxPxrE3V4QDLx+14uDg6DnB35w2OsNn/Xj'
+            'jjeM/Hjox9gZW/NhiZ1DYyVNyJl8QUfGMW6P3CtKp0bOieM/3wnU3FWNuP+PZlEriGcmw71VhGslY6sUVhQO'
+            'XwHUPXxZaV2d1zsALyWbsnKthDQLmVMrMpqtkOxaNzxa13UjUxRCZ+fBXuP/GqgnarUHnqxcE+HmowwPAEwy'
+            'x6Pj0VjOaXg8L56nZ8m0s7pZAL8B',
+        ),
+        (
+            'service',
+            'Lcu9CsIwFIbhj7p5FR0cTdU2ttRNXHQQ/MNFHJL0KIXYhJNU8J68Aq/OQef3eT8ABlsKQd0JbwDJKL48QQJY'
+            'K9vqPmYnVl3wjmO2YxedcTY7UPCuC/Q/x+nfImkb7AFsjoZbH4/Ez9bQOV8sVu7hLUX6hWV4deYym17TSVrX'
+            'pcwrXYr8ppWQxVwJXc2l0LeioKaWpa4NhsTsGEOm0NsI4As=',
+        ),
+    ],
+}
+
+
+# ---- Helpers -------------------------------------------------------------------------------------
+
+
+def eventually(condition, seconds=10):
+    """Wait until a condition holds; its value. Fails when the time is over."""
+    deadline = time.monotonic() + seconds
+    pause = threading.Event()
+    while time.monotonic() < deadline:
+        value = condition()
+        if value:
+            return value
+        pause.wait(0.01)
+    raise AssertionError('it did not come true within %g s' % seconds)
+
+
+def children():
+    """Process ids of our children, zombies included."""
+    found = set()
+    for task in os.listdir('/proc/self/task'):
+        with contextlib.suppress(OSError):
+            with open('/proc/self/task/%s/children' % task) as file:
+                found.update(file.read().split())
+    return found
+
+
+def descriptors():
+    return len(os.listdir('/proc/self/fd'))
+
+
+@pytest.fixture(autouse=True)
+def leaves_nothing_behind(shared_agent):
+    """No thread, descriptor or child outlives a test, but those of the shared agent."""
+    threads, fds, processes = set(threading.enumerate()), descriptors(), children()
+    yield
+    if os.path.isdir('/proc/self/fd'):
+        eventually(lambda: set(threading.enumerate()) <= threads)
+        eventually(lambda: descriptors() <= fds and children() <= processes)
+
+
+class Keys:
+    """Identities for the tests, each made once."""
+
+    def __init__(self, folder):
+        self._folder = folder
+
+    def __getitem__(self, name):
+        path = os.path.join(self._folder, name + '.pem')
+        if not os.path.exists(path):
+            return tentacle.create_identity(path)
+        return tentacle.load_identity(path)
+
+    def special(self, name, *request):
+        """An identity by `openssl req` with these arguments."""
+        path = os.path.join(self._folder, name + '.pem')
+        key = ['-newkey', 'rsa:2048'] if '-newkey' not in request else []
+        command = [
+            'openssl',
+            'req',
+            '-x509',
+            '-nodes',
+            '-keyout',
+            path + '.key',
+            '-out',
+            path + '.crt',
+        ]
+        subprocess.run(
+            command + key + list(request),
+            check=True,
+            stdout=subprocess.DEVNULL,
+            stderr=subprocess.DEVNULL,
+        )
+        tentacle.write_private(path, open_bytes(path + '.key') + open_bytes(path + '.crt'))
+        return tentacle.load_identity(path)
+
+    def dated(self, name, moment, monkeypatch):
+        """An identity that was made at a moment, valid for a year."""
+        with monkeypatch.context() as patch:
+            patch.setattr(tentacle, 'CERTIFICATE_YEARS', 1)
+            patch.setattr(tentacle.time, 'time', lambda: moment)
+            return tentacle.create_identity(os.path.join(self._folder, name + '.pem'))
+
+
+def open_bytes(path):
+    with open(path, 'rb') as file:
+        return file.read()
+
+
+@pytest.fixture(scope='session')
+def keys(tmp_path_factory):
+    return Keys(str(tmp_path_factory.mktemp('keys')))
+
+
+class Agent:
+    """`python3 tentacle.py listen` as a process. `port`, `log()`, `stop()`."""
+
+    def __init__(self, home, *arguments, **environment):
+        self.home = str(home)
+        self._log_path = self.home + '.log'
+        with open(self._log_path, 'ab') as log:
+            self.process = subprocess.Popen(
+                [sys.executable, PROGRAM, 'listen', '--home', self.home, '--port', '0']
+                + list(arguments),
+                stdout=subprocess.PIPE,
+                stderr=log,
+                env=dict(os.environ, **environment),
+            )
+        self.lines = []
+        for line in self.process.stdout:
+            self.lines.append(line.decode().rstrip('\n'))
+            if line.startswith(b'Agent listening on: '):
+                break
+        else:
+            self.process.wait()
+            self.process.stdout.close()
+            raise AssertionError(self.log())
+        self.port = int(self.lines[-1].rpartition(':')[2])
+        self.identity = tentacle.load_identity(os.path.join(self.home, 'tentacle.pem'))
+        self.endpoint = tentacle.ServiceEndPoint(
+            'https://127.0.0.1:%d/' % self.port, self.identity.thumbprint
+        )
+
+    def log(self):
+        with open(self._log_path, encoding='utf-8') as file:
+            return file.read()
+
+    def stop(self, number=signal.SIGTERM):
+        self.process.send_signal(number)
+        exit_code = self.process.wait(20)
+        self.process.stdout.close()
+        return exit_code
+
+
+@pytest.fixture(scope='session')
+def shared_agent(tmp_path_factory, keys):
+    """One agent for all tests that need nothing special; it trusts `keys['server']`."""
+    agent = Agent(tmp_path_factory.mktemp('shared') / 'agent', '--trust', keys['server'].thumbprint)
+    yield agent
+    assert agent.stop() == 0
+    assert 'a bug' not in agent.log()
+
+
+@pytest.fixture
+def client(shared_agent, keys):
+    with tentacle.TentacleClient(shared_agent.endpoint, keys['server']) as client:
+        yield client
+
+
+@contextlib.contextmanager
+def listening(home, identity, trusted=(), **limits):
+    """A listening tentacle in this process, with limits of its own."""
+    agent = tentacle.ListeningTentacle(
+        str(home), identity, lambda: frozenset(trusted), port=0, limits=LIMITS._replace(**limits)
+    )
+    agent.start()
+    try:
+        yield agent
+    finally:
+        agent.stop()
+
+
+def dial(port, identity=None, version=None, host='127.0.0.1'):
+    """A bare TLS connection, with a client certificate or without; no Halibut yet."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    context.set_ciphers(tentacle.CIPHERS)
+    if identity:
+        context.load_cert_chain(identity.path)
+    if version:
+        context.minimum_version = context.maximum_version = version
+    sock = socket.create_connection((host, port), 20)
+    try:
+        return context.wrap_socket(sock)
+    except BaseException:
+        sock.close()
+        raise
+
+
+def received(sock):
+    """All that comes until the connection ends, however it ends."""
+    parts = []
+    with contextlib.suppress(OSError):
+        while True:
+            part = sock.recv(65536)
+            if not part:
+                break
+            parts.append(part)
+    return b''.join(parts)
+
+
+class Peer:
+    """A trusted client that sends what bytes it likes."""
+
+    def __init__(self, port, identity, version=None):
+        self.sock = dial(port, identity, version)
+        self.sock.sendall(b'MX\n\nMX-CLIENT 1.0\r\n\r\n')
+        self._buffer = b''
+        assert self.take_line() == b'MX-SERVER 1.0\r\n'
+        assert self.take_line() == b'\r\n'
+
+    def _fill(self):
+        part = self.sock.recv(65536)
+        if not part:
+            raise EOFError
+        self._buffer += part
+
+    def take(self, count):
+        while len(self._buffer) < count:
+            self._fill()
+        taken, self._buffer = self._buffer[:count], self._buffer[count:]
+        return taken
+
+    def take_line(self):
+        while b'\n' not in self._buffer:
+            self._fill()
+        return self.take(self._buffer.index(b'\n') + 1)
+
+    def take_message(self):
+        inflate, raw = zlib.decompressobj(-15), b''
+        while not inflate.eof:
+            if not self._buffer:
+                self._fill()
+            raw += inflate.decompress(self._buffer)
+            self._buffer = inflate.unused_data
+        return tentacle.decode_bson(raw)['Message']
+
+    def call(self, message):
+        """Send the bytes of a request; the decoded answer."""
+        self.sock.sendall(message)
+        return self.take_message()
+
+    def go_on(self):
+        self.sock.sendall(b'NEXT\r\n')
+        assert self.take_line() == b'PROCEED\r\n'
+
+    def is_hung_up_on(self):
+        """Whether the other side closes without another byte."""
+        return self._buffer + received(self.sock) == b''
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self.sock.close()
+
+
+def deflated(raw, level=6):
+    deflate = zlib.compressobj(level, wbits=-15)
+    return deflate.compress(raw) + deflate.flush()
+
+
+def inflated(message):
+    return zlib.decompress(message, -15)
+
+
+def request_bytes(service, method, *params, **changes):
+    """The bytes of a request as our dispatcher writes it, with members changed."""
+    request = tentacle.Request(
+        '%s::%s[1] / x' % (service, method), service, method, list(params), uuid.uuid4()
+    )
+    message, streams = tentacle.request_to_message(request)
+    message.update(changes)
+    return deflated(tentacle.encode_bson({'Message': message}))
+
+
+def start_command(body, ticket, **members):
+    members.setdefault('duration_to_wait', 20.0)
+    return tentacle.StartScriptCommandV2(
+        ticket=tentacle.ScriptTicket(task_id=ticket),
+        script_body=body,
+        task_id='ServerTasks-1',
+        **members,
+    )
+
+
+def about(cls, ticket, after=0):
+    members = {'ticket': tentacle.ScriptTicket(task_id=ticket)}
+    if 'last_log_sequence' in cls.members:
+        members['last_log_sequence'] = after
+    return cls(**members)
+
+
+def v2(client, method, command):
+    return client.call('IScriptServiceV2', method, command)
+
+
+def texts(status, source=None):
+    """A script's own lines in a status answer."""
+    remarks = tentacle.RemarkFilter()
+    lines = [remarks.line(entry) for entry in status.logs]
+    return [line.text for line in lines if not line.remark and source in (None, line.source)]
+
+
+def finished(client, ticket):
+    """The status of a script when it is complete."""
+
+    def ask():
+        status = v2(client, 'GetStatus', about(tentacle.ScriptStatusRequestV2, ticket))
+        return status if status.state == tentacle.COMPLETE else None
+
+    return eventually(ask, 20)
+
+
+def cli(*arguments, home=None, stdin=b'', **environment):
+    """(exit code, stdout, stderr) of `python3 tentacle.py ...`"""
+    command = [sys.executable, PROGRAM] + list(arguments)
+    if home is not None:
+        command[3:3] = ['--home', str(home)]
+    done = subprocess.run(
+        command,
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        timeout=60,
+        env=dict(os.environ, **environment),
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+class ScriptedStream:
+    """Stands in for a SecureStream: gives these bytes in pieces, keeps what is written."""
+
+    peer = 'scripted'
+
+    def __init__(self, data, piece=1 << 20):
+        self._data = data
+        self._piece = piece
+        self.written = []
+
+    def read_some(self, most=1 << 16):
+        count = min(most, self._piece)
+        some, self._data = self._data[:count], self._data[count:]
+        return some
+
+    def unread(self, data):
+        self._data = data + self._data
+
+    def read_into(self, view):
+        some = self.read_some(len(view))
+        view[: len(some)] = some
+        return len(some)
+
+    read_exactly = tentacle.SecureStream.read_exactly
+    read_until = tentacle.SecureStream.read_until
+    read_line = tentacle.SecureStream.read_line
+
+    def write(self, data):
+        self.written.append(data)
+
+    def set_timeout(self, seconds):
+        pass
+
+    def close(self):
+        pass
+
+
+# ---- 0. Imports and names ------------------------------------------------------------------------
+
+
+def source_tree():
+    with open(PROGRAM, encoding='utf-8') as file:
+        return ast.parse(file.read())
+
+
+def defined_names(node):
+    if isinstance(node, (ast.FunctionDef, ast.ClassDef)):
+        return [node.name]
+    if isinstance(node, ast.Assign):
+        return [
+            n.id for target in node.targets for n in ast.walk(target) if isinstance(n, ast.Name)
+        ]
+    if isinstance(node, ast.AnnAssign):
+        return [node.target.id]
+    if isinstance(node, (ast.Import, ast.ImportFrom)):
+        return [(alias.asname or alias.name).split('.')[0] for alias in node.names]
+    return []
+
+
+def test_a_definition_uses_only_what_stands_above_it():
+    lines = {}
+    for node in source_tree().body:
+        for name in defined_names(node):
+            lines.setdefault(name, node.lineno)
+    late = [
+        '%s in line %d, defined in line %d' % (n.id, n.lineno, lines[n.id])
+        for n in ast.walk(source_tree())
+        if isinstance(n, ast.Name) and isinstance(n.ctx, ast.Load) and lines.get(n.id, 0) > n.lineno
+    ]
+    assert late == []
+
+
+def test_it_imports_the_standard_library_alone():
+    names = set()
+    for node in ast.walk(source_tree()):
+        if isinstance(node, ast.Import):
+            names.update(alias.name.split('.')[0] for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            names.add(node.module.split('.')[0])
+    if sys.version_info >= (3, 10):
+        assert names - {'tentacle'} <= set(sys.stdlib_module_names)
+    assert 'ssl' in names
+
+
+def test_the_table_of_contents_is_true():
+    with open(PROGRAM, encoding='utf-8') as file:
+        dividers = re.findall(r'^# ---- (\d+)\. (.+?) -+$', file.read(), re.M)
+    listed = re.findall(r'(\d+)  ([A-Z][\w ]+?)(?=  +|$)', tentacle.__doc__, re.M)
+    assert dividers == sorted(listed, key=lambda entry: int(entry[0]))
+
+
+def test_public_names_are_there_and_documented():
+    for name in tentacle.__all__:
+        assert getattr(tentacle, name).__doc__
+
+
+# ---- 3. Logging and threads ----------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'text, shown',
+    [
+        ('plain', 'plain'),
+        ('two\nlines\r', 'two\\nlines\\r'),
+        ('\x1b[31mred', '\\x1b[31mred'),
+        ('ünïcode ✓', 'ünïcode ✓'),
+        ('\u202eevil', '\\u202eevil'),
+        ('x' * 400, 'x' * 300 + '...'),
+    ],
+)
+def test_peer_text_is_one_harmless_line(text, shown):
+    assert tentacle.printable(text) == shown
+
+
+# ---- 4. Certificates and thumbprints -------------------------------------------------------------
+
+SHA1_TEXT = '6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3'
+
+
+@pytest.mark.parametrize(
+    'text',
+    [
+        SHA1_TEXT,
+        SHA1_TEXT.lower(),
+        ':'.join(SHA1_TEXT[i : i + 2] for i in range(0, 40, 2)),
+        ' '.join(SHA1_TEXT[i : i + 4] for i in range(0, 40, 4)) + '\n',
+        '\u200e' + SHA1_TEXT,
+    ],
+)
+def test_thumbprints_are_taken_as_people_write_them(text):
+    assert tentacle.parse_thumbprint(text) == SHA1_TEXT
+
+
+@pytest.mark.parametrize(
+    'text', ['', 'x', SHA1_TEXT[:-1], SHA1_TEXT + '0', 'g' * 40, SHA1_TEXT[:-1] + 'ß']
+)
+def test_malformed_thumbprints_are_refused(text):
+    with pytest.raises(tentacle.UsageError, match='40 hex digits'):
+        tentacle.parse_thumbprint(text)
+
+
+def test_a_certificate_is_pinned_by_either_hash():
+    certificate = b'some DER'
+    assert tentacle.is_pinned(certificate, [hashlib.sha1(certificate).hexdigest().upper()])
+    assert tentacle.is_pinned(certificate, [hashlib.sha256(certificate).hexdigest().upper()])
+    assert not tentacle.is_pinned(certificate, [SHA1_TEXT])
+    assert not tentacle.is_pinned(None, [SHA1_TEXT])
+    assert not tentacle.is_pinned(b'', [hashlib.sha1(b'').hexdigest().upper()])
+
+
+@pytest.mark.parametrize('with_openssl', [True, False])
+def test_a_new_identity(tmp_path, monkeypatch, with_openssl):
+    if with_openssl and not OPENSSL:
+        pytest.skip('there is no openssl program here')
+    if not with_openssl:
+        monkeypatch.setenv('PATH', str(tmp_path))
+    path = str(tmp_path / 'home' / 'tentacle.pem')
+    identity = tentacle.create_identity(path)
+    monkeypatch.undo()
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    assert stat.S_IMODE(os.stat(os.path.dirname(path)).st_mode) == 0o700
+    assert os.listdir(os.path.dirname(path)) == ['tentacle.pem']
+    assert tentacle.load_identity(path).content == identity.content
+    ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER).load_cert_chain(path)
+    if OPENSSL:
+        text = subprocess.check_output(['openssl', 'x509', '-text', '-in', path]).decode()
+        yesterday = time.strftime('%b %e', time.gmtime(time.time() - 86400))
+        for expected in (
+            'Version: 3 ',
+            'Signature Algorithm: sha256WithRSAEncryption',
+            'Issuer: CN = Octopus Tentacle' if 'CN = ' in text else 'Issuer: CN=Octopus Tentacle',
+            'Public-Key: (2048 bit)',
+            'Not Before: ' + yesterday,
+            'Exponent: 65537',
+        ):
+            assert expected in text
+        years = re.findall(r'Not (?:Before|After) ?: .* (\d{4}) GMT', text)
+        assert int(years[1]) - int(years[0]) == 100
+        verified = ['openssl', 'verify', '-CAfile', path, path]
+        assert b'OK' in subprocess.check_output(verified)
+        assert b'RSA key ok' in subprocess.check_output(
+            ['openssl', 'rsa', '-check', '-noout', '-in', path]
+        )
+
+
+def test_small_primes_and_composites():
+    primes = [n for n in range(2001, 3000) if tentacle._is_probable_prime(n)]
+    assert primes == [n for n in range(2001, 3000) if all(n % d for d in range(2, 60))]
+    carmichael = 2465 * 2821 * 6601
+    assert not tentacle._is_probable_prime(carmichael)
+
+
+@pytest.mark.skipif(not OPENSSL, reason='there is no openssl program here')
+@pytest.mark.parametrize('form', ['pem', 'pfx', 'legacy pfx', 'pfx without password'])
+def test_import_certificate(tmp_path, keys, form):
+    other, source = keys['other'], str(tmp_path / 'source')
+    password = '' if form == 'pfx without password' else 'pa ss"wörd'
+    if form == 'pem':
+        shutil.copy(other.path, source)
+    else:
+        export = [
+            'openssl',
+            'pkcs12',
+            '-export',
+            '-in',
+            other.path,
+            '-out',
+            source,
+            '-passout',
+            'stdin',
+        ]
+        legacy = ['-keypbe', 'PBE-SHA1-3DES', '-certpbe', 'PBE-SHA1-RC2-40', '-macalg', 'SHA1']
+        if (
+            form == 'legacy pfx'
+            and b'-legacy'
+            in subprocess.run(
+                ['openssl', 'pkcs12', '-help'], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+            ).stdout
+        ):
+            legacy.append('-legacy')
+        subprocess.run(
+            export + (legacy if form == 'legacy pfx' else []),
+            input=password.encode() + b'\n',
+            check=True,
+        )
+    home = tmp_path / 'home'
+    command = ['import-certificate', '--from-file', source]
+    code, out, err = cli(
+        *command, *(['--pfx-password', password] if form != 'pem' else []), home=home
+    )
+    assert (code, out) == (
+        0,
+        'The certificate was imported, its thumbprint is %s\n' % other.thumbprint,
+    ), err
+    assert cli('show-thumbprint', home=home)[1] == other.thumbprint
+    assert stat.S_IMODE(os.stat(str(home / 'tentacle.pem')).st_mode) == 0o600
+
+
+def test_a_bad_import_leaves_the_identity_as_it_was(tmp_path, keys):
+    home = tmp_path / 'home'
+    before = cli('show-thumbprint', home=home)[1]
+    mixed = tmp_path / 'mixed.pem'  # a key, and the certificate of another
+    key = open_bytes(keys['other'].path).split(b'-----BEGIN CERTIFICATE')[0]
+    certificate = open_bytes(keys['server'].path)
+    mixed.write_bytes(key + certificate[certificate.index(b'-----BEGIN CERTIFICATE') :])
+    (tmp_path / 'only.pem').write_bytes(certificate[certificate.index(b'-----BEGIN CERTIFICATE') :])
+    (tmp_path / 'noise').write_bytes(b'no certificate at all')
+    for name in ('mixed.pem', 'only.pem', 'noise', 'missing'):
+        code, out, err = cli('import-certificate', '--from-file', str(tmp_path / name), home=home)
+        assert (code, out, err.count('\n')) == (1, '', 1), err
+        assert name in err
+    assert cli('show-thumbprint', home=home)[1] == before
+    assert sorted(os.listdir(str(home))) == ['tentacle-default.config', 'tentacle.pem']
+
+
+# ---- 5. Secure streams ---------------------------------------------------------------------------
+
+
+def peer_outcome(port, identity, version):
+    """What a client gets that says MX: 'served', or 'nothing'."""
+    try:
+        with dial(port, identity, version) as sock:
+            sock.sendall(b'MX\n\nMX-CLIENT 1.0\r\n\r\n')
+            answer = sock.recv(100)
+            return (
+                'served'
+                if answer == b'MX-SERVER 1.0\r\n\r\n'
+                else 'nothing'
+                if not answer
+                else answer
+            )
+    except OSError:
+        return 'nothing'
+
+
+@pytest.mark.parametrize('version', [TLS_1_2, TLS_1_3])
+def test_a_trusted_client_is_served(shared_agent, keys, version):
+    assert peer_outcome(shared_agent.port, keys['server'], version) == 'served'
+
+
+@pytest.mark.parametrize('version', [TLS_1_2, TLS_1_3])
+def test_an_untrusted_client_gets_nothing_and_one_line_in_the_log(shared_agent, keys, version):
+    before = shared_agent.log()
+    assert peer_outcome(shared_agent.port, keys['stranger'], version) == 'nothing'
+    line = eventually(lambda: shared_agent.log()[len(before) :])
+    assert line.count('\n') == 1
+    assert re.search(
+        r'WARNING 127\.0\.0\.1:\d+: refused, the thumbprint %s is not trusted\. To trust it: '
+        r'python3 \S+tentacle\.py configure --trust --home \S+ %s\n'
+        % ((keys['stranger'].thumbprint,) * 2),
+        line,
+    ), line
+
+
+@pytest.mark.parametrize('version', [TLS_1_2, TLS_1_3])
+def test_a_client_without_a_certificate_gets_nothing(shared_agent, version):
+    before = shared_agent.log()
+    assert peer_outcome(shared_agent.port, None, version) == 'nothing'
+    line = eventually(lambda: shared_agent.log()[len(before) :])
+    assert 'shows no certificate' in line and line.count('\n') == 1
+
+
+@pytest.mark.skipif(not OPENSSL, reason='there is no openssl program here')
+@pytest.mark.parametrize('version', [TLS_1_2, TLS_1_3])
+def test_odd_certificates_are_fine_when_pinned(tmp_path, keys, version, monkeypatch):
+    config = tmp_path / 'openssl.cnf'
+    config.write_text(
+        '[req]\ndistinguished_name=dn\n[dn]\n'
+        '[server]\nextendedKeyUsage=serverAuth\n'
+        '[sign]\nkeyUsage=critical,keyCertSign\nbasicConstraints=critical,CA:true\n'
+        '[unknown]\n1.2.3.4.5=critical,DER:0500\n'
+    )
+    with_config = ['-config', str(config), '-subj', '/CN=odd', '-extensions']
+    odd = [
+        keys.dated('expired', 0, monkeypatch),
+        keys.dated('not yet valid', time.time() + 30 * 86400, monkeypatch),
+        keys.special('sha1', '-subj', '/CN=old', '-sha1'),
+        keys.special('short', '-subj', '/CN=old', '-newkey', 'rsa:1024'),
+        keys.special(
+            'curve', '-subj', '/CN=ec', '-newkey', 'ec', '-pkeyopt', 'ec_paramgen_curve:P-256'
+        ),
+        keys.special('nameless', '-subj', '/'),
+        keys.special('named', '-subj', '/C=CN/O=\u00fc\u2713/CN=*'),
+        keys.special('server-only', *(with_config + ['server'])),
+        keys.special('signing-only', *(with_config + ['sign'])),
+        keys.special('unknown-extension', *(with_config + ['unknown'])),
+    ]
+    with listening(tmp_path, keys['agent'], [identity.thumbprint for identity in odd]) as agent:
+        outcomes = [peer_outcome(agent.port, identity, version) for identity in odd]
+        assert outcomes == ['served'] * len(odd)
+        assert peer_outcome(agent.port, keys['stranger'], version) == 'nothing'
+    with listening(tmp_path, keys['agent'], []) as agent:
+        assert {peer_outcome(agent.port, identity, version) for identity in odd} == {'nothing'}
+
+
+def test_a_certificate_pinned_by_sha256_and_trust_taken_away(tmp_path, keys):
+    trusted = {keys['server'].sha256_thumbprint}
+    with listening(tmp_path, keys['agent']) as agent:
+        agent._listener._acceptor._trusted = lambda: frozenset(trusted)
+        assert peer_outcome(agent.port, keys['server'], TLS_1_3) == 'served'
+        trusted.clear()
+        assert peer_outcome(agent.port, keys['server'], TLS_1_3) == 'nothing'
+
+
+def test_a_certificate_that_a_pinned_one_issued_is_not_trusted(tmp_path, keys):
+    """Pinning a certificate authority trusts that certificate, not what it signs."""
+    issuer, holder = tentacle.generate_rsa_key(), tentacle.generate_rsa_key()
+    issued = tentacle.self_signed_certificate(holder)
+    body = list(tentacle._der_items(issued))[0][1]
+    parts = list(tentacle._der_items(body))
+    to_be_signed = tentacle._der(*parts[0])
+    signed = tentacle._der(
+        0x30,
+        to_be_signed,
+        tentacle._der(*parts[1]),
+        tentacle._der(3, b'\0', issuer.sign(to_be_signed)),
+    )
+    path = str(tmp_path / 'issued.pem')
+    pem = tentacle.pem('RSA PRIVATE KEY', holder.to_der()) + tentacle.pem('CERTIFICATE', signed)
+    tentacle.write_private(path, pem.encode())
+    authority = tentacle.self_signed_certificate(issuer)
+    with listening(tmp_path, keys['agent'], [tentacle.thumbprint_of(authority)]) as agent:
+        for version in (TLS_1_2, TLS_1_3):
+            assert peer_outcome(agent.port, tentacle.load_identity(path), version) == 'nothing'
+
+
+def test_a_dialler_knows_the_peer_before_it_sends_a_byte(keys):
+    """Against a server with another certificate nothing but a handshake arrives."""
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(keys['other'].path)
+    got = []
+    with socket.create_server(('127.0.0.1', 0)) as server:
+
+        def serve():
+            sock, _ = server.accept()
+            with context.wrap_socket(sock, server_side=True) as secure:
+                got.append(received(secure))
+
+        thread = threading.Thread(target=serve)
+        thread.start()
+        endpoint = tentacle.ServiceEndPoint(
+            'https://127.0.0.1:%d/' % server.getsockname()[1], SHA1_TEXT
+        )
+        with pytest.raises(tentacle.UntrustedThumbprint, match='NOT THE PINNED ONE') as caught:
+            tentacle.connect(endpoint, keys['server'])
+        thread.join()
+    assert got == [b'']
+    assert SHA1_TEXT in str(caught.value) and keys['other'].thumbprint in str(caught.value)
+
+
+@pytest.mark.parametrize('piece', [1, 2, 100])
+@pytest.mark.parametrize(
+    'data, line, left',
+    [
+        (b'NEXT\r\nrest', 'NEXT', b'rest'),
+        (b'\r\nNEXT\r\n', '', b'NEXT\r\n'),
+        (b'a\nb\r\n', 'a\nb', b''),
+        (b'', None, b''),
+    ],
+)
+def test_lines_end_with_cr_lf(data, line, left, piece):
+    stream = ScriptedStream(data, piece)
+    assert stream.read_line(100) == line
+    assert b''.join(iter(stream.read_some, b'')) == left
+
+
+def test_a_line_that_does_not_end():
+    with pytest.raises(tentacle.ConnectionLost, match='middle of a line'):
+        ScriptedStream(b'no end').read_line(100)
+
+
+@pytest.mark.parametrize('data', [b'a\rb\r\n', b'x' * 101, b'\r\r\n'])
+def test_bad_lines_are_refused(data):
+    with pytest.raises(tentacle.ProtocolError):
+        ScriptedStream(data).read_line(100)
+
+
+# ---- 6. Proxies and dialling ---------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'text, uri',
+    [
+        ('host', 'https://host:10933/'),
+        ('Host:1', 'https://host:1/'),
+        ('https://host', 'https://host:10933/'),
+        ('https://host:65535/', 'https://host:65535/'),
+        ('[::1]:99', 'https://[::1]:99/'),
+        ('::1', 'https://[::1]:10933/'),
+        ('[fe80::1%eth0]', 'https://[fe80::1%eth0]:10933/'),
+        ('10.0.0.1', 'https://10.0.0.1:10933/'),
+    ],
+)
+def test_targets_as_people_write_them(text, uri):
+    assert tentacle.parse_target_uri(text) == uri
+
+
+@pytest.mark.parametrize(
+    'text', ['', 'host:', 'host:0', 'host:65536', 'http://host/', 'a b', 'https://u:p@host/', 'h/p']
+)
+def test_what_is_no_target(text):
+    with pytest.raises(tentacle.UsageError):
+        tentacle.parse_target_uri(text)
+
+
+# ---- 7. BSON -------------------------------------------------------------------------------------
+
+
+def bson(*elements):
+    body = b''.join(elements)
+    return struct.pack('<i', len(body) + 5) + body + b'\0'
+
+
+GUID = uuid.UUID('00112233-4455-6677-8899-aabbccddeeff')
+GUID_BYTES = bytes.fromhex('33221100554477668899aabbccddeeff')
+
+BSON_TABLE = [
+    ({}, bson()),
+    ({'a': None}, bson(b'\x0aa\0')),
+    ({'a': True, 'b': False}, bson(b'\x08a\0\1', b'\x08b\0\0')),
+    ({'a': 1}, bson(b'\x10a\0\1\0\0\0')),
+    ({'a': -1}, bson(b'\x10a\0\xff\xff\xff\xff')),
+    ({'a': Int64(1)}, bson(b'\x12a\0\1\0\0\0\0\0\0\0')),
+    ({'a': UtcDate(-1)}, bson(b'\x09a\0' + b'\xff' * 8)),
+    ({'a': 1.5}, bson(b'\x01a\0' + struct.pack('<d', 1.5))),
+    ({'a': ''}, bson(b'\x02a\0\1\0\0\0\0')),
+    ({'a': 'x\0ü✓'}, bson(b'\x02a\0\x08\0\0\0x\0\xc3\xbc\xe2\x9c\x93\0')),
+    ({'a': {'b': 1}}, bson(b'\x03a\0' + bson(b'\x10b\0\1\0\0\0'))),
+    ({'a': [1, 'x']}, bson(b'\x04a\0' + bson(b'\x100\0\1\0\0\0', b'\x021\0\2\0\0\0x\0'))),
+    ({'a': GUID}, bson(b'\x05a\0\x10\0\0\0\x04' + GUID_BYTES)),
+    ({'a': b'xy'}, bson(b'\x05a\0\2\0\0\0\0xy')),
+]
+
+
+@pytest.mark.parametrize('value, data', BSON_TABLE)
+def test_bson_both_ways(value, data):
+    assert tentacle.encode_bson(value) == data
+    decoded = tentacle.decode_bson(data)
+    assert decoded == value
+    assert list(decoded) == list(value)
+
+
+def test_an_old_uuid_subtype_is_read():
+    assert tentacle.decode_bson(bson(b'\x05a\0\x10\0\0\0\x03' + GUID_BYTES)) == {'a': GUID}
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'',
+        b'\5\0\0\0',
+        b'\5\0\0\0\1',
+        b'\4\0\0\0\0',
+        b'\xff\xff\xff\xff\0',
+        bson() + b'x',
+        bson(b'\x10a\0\1\0\0'),
+        bson(b'\x10a'),
+        bson(b'\x02a\0\0\0\0\0'),
+        bson(b'\x02a\0\2\0\0\0xy'),
+        bson(b'\x02a\0\xff\xff\xff\x7fx\0'),
+        bson(b'\x02a\0\xff\xff\xff\xffx\0'),
+        bson(b'\x02a\0\2\0\0\0\xff\0'),
+        bson(b'\x02\xff\0\1\0\0\0\0'),
+        bson(b'\x03a\0\xff\0\0\0\0'),
+        bson(b'\x03a\0\4\0\0\0\0'),
+        bson(b'\x05a\0\xff\0\0\0\0x'),
+        bson(b'\x05a\0\xff\xff\xff\xff\0x'),
+        bson(b'\x06a\0'),
+        bson(b'\x13a\0' + b'\0' * 16),
+        bson(b'\x7fa\0'),
+        bson(b'\x01a\0\0'),
+    ],
+)
+def test_broken_bson_is_a_protocol_error(data):
+    with pytest.raises(tentacle.ProtocolError):
+        tentacle.decode_bson(data)
+
+
+def test_no_cut_or_flipped_bson_does_anything_but_that():
+    whole = tentacle.encode_bson(
+        {key: value for document, _ in BSON_TABLE for key, value in document.items()}
+    )
+    whole = tentacle.encode_bson({'m': [document for document, _ in BSON_TABLE], 'w': whole})
+    chance = random.Random(1)
+    for _ in range(3000):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 4)):
+            data[chance.randrange(len(data))] = chance.randrange(256)
+        with contextlib.suppress(tentacle.ProtocolError):
+            tentacle.decode_bson(
+                bytes(data[: chance.choice([len(data), chance.randrange(len(data))])])
+            )
+
+
+def nested(depth):
+    data = bson()
+    for _ in range(depth - 1):
+        data = bson(b'\x03a\0' + data)
+    return data
+
+
+def test_bson_budgets():
+    assert tentacle.decode_bson(nested(32))
+    with pytest.raises(tentacle.ProtocolError, match='within each other'):
+        tentacle.decode_bson(nested(33))
+    many = tentacle.encode_bson({'a': [None] * 99})
+    assert tentacle.decode_bson(many, elements=100)
+    with pytest.raises(tentacle.ProtocolError, match='more elements'):
+        tentacle.decode_bson(many, elements=99)
+
+
+# ---- 8. Messages ---------------------------------------------------------------------------------
+
+
+def captured(name, sender):
+    """The BSON bytes of a capture's messages."""
+    return [inflated(base64.b64decode(data)) for who, data in CAPTURES[name] if who == sender]
+
+
+def same_shape(want, got, path=''):
+    """Differences of key order and of types between two decoded documents, for all they share."""
+    if type(want) is not type(got):
+        return (
+            []
+            if {type(want), type(got)} <= {int, Int64}
+            else ['%s: %r, not %r' % (path, got, want)]
+        )
+    if isinstance(want, dict):
+        found = (
+            []
+            if list(want) == list(got)
+            else ['%s: keys %s, not %s' % (path, list(got), list(want))]
+        )
+        return found + [
+            d for key in want for d in same_shape(want[key], got.get(key), path + '.' + key)
+        ]
+    if isinstance(want, list) and want and got:
+        return same_shape(want[0], got[0], path + '[0]')
+    return []
+
+
+def test_our_answers_are_the_originals_byte_for_byte():
+    """What the original answered, put into our classes, comes out as the same BSON."""
+    for name in CAPTURES:
+        for raw in captured(name, 'service'):
+            response, _ = tentacle.response_from_message(
+                tentacle.message_of(tentacle.decode_bson(raw))
+            )
+            message, _ = tentacle.response_to_message(response)
+            assert tentacle.encode_bson({'Message': message}) == raw
+
+
+def test_our_requests_are_the_originals_byte_for_byte():
+    for name in CAPTURES:
+        for raw in captured(name, 'client'):
+            document = tentacle.decode_bson(raw)['Message']
+            request, _ = tentacle.request_from_message(document)
+            endpoint = document['endpoint']
+            request = request._replace(
+                endpoint=tentacle.ServiceEndPoint(endpoint['BaseUri'], endpoint['RemoteThumbprint'])
+            )
+            message, _ = tentacle.request_to_message(request)
+            assert tentacle.encode_bson({'Message': message}) == raw
+
+
+@pytest.mark.parametrize(
+    'text, seconds',
+    [
+        ('00:00:05', 5),
+        ('00:00:00.3000000', 0.3),
+        ('24.20:31:23.6470000', 2147483.647),
+        ('-1.00:00:00', -86400),
+        ('00:00:00', 0),
+        ('10675199.02:48:05.4775807', 922337203685.4775807),
+    ],
+)
+def test_time_spans(text, seconds):
+    assert tentacle.Span().read(text, []) == pytest.approx(seconds)
+    if seconds < 1e9:
+        assert tentacle.Span().write(seconds, []) == text
+
+
+@pytest.mark.parametrize(
+    'value', ['', '5', '0:0', 'x', 5, '00:00:00.12345678', '1' * 50 + '.00:00:00', True]
+)
+def test_what_is_no_time_span(value):
+    with pytest.raises(ValueError):
+        tentacle.Span().read(value, [])
+
+
+@pytest.mark.parametrize(
+    'value, milliseconds',
+    [
+        (UtcDate(1795248923704), 1795248923704),
+        ('2026-11-21T08:15:23.7040000+00:00', 1795248923704),
+        ('2026-11-21T10:15:23.704+02:00', 1795248923704),
+        ('2026-11-21T08:15:23Z', 1795248923000),
+        ('1969-12-31T23:59:59.9-01:00', 3599900),
+    ],
+)
+def test_dates(value, milliseconds):
+    assert tentacle.Instant().read(value, []) == milliseconds
+
+
+@pytest.mark.parametrize(
+    'kind, value, expected',
+    [
+        (tentacle.Whole(), 7.0, 7),
+        (tentacle.Whole(), Int64(7), 7),
+        (tentacle.Choice('NoIsolation', 'FullIsolation'), 'fullisolation', 1),
+        (tentacle.Choice('NoIsolation', 'FullIsolation'), 1.0, 1),
+        (tentacle.TextMap(), {'$type': 'x', 'Bash': 'y'}, {'Bash': 'y'}),
+    ],
+)
+def test_lenient_members(kind, value, expected):
+    assert kind.read(value, []) == expected
+
+
+def read_request(**message):
+    document = {'id': 'x', 'service': 's', 'method': 'm', 'params': []}
+    document.update(message)
+    return tentacle.request_from_message(document)
+
+
+def test_type_names_as_peers_write_them():
+    ticket = 'Octopus.%s.Contracts.ScriptTicket, Octopus.%s'
+    for name in (
+        ticket % ('Shared', 'Shared'),
+        ticket % ('Tentacle', 'Tentacle.Contracts'),
+        ticket % ('Shared', 'Shared') + ', Version=1.0.0.0, Culture=neutral, PublicKeyToken=null',
+    ):
+        request, _ = read_request(params=[{'$type': name, 'taskid': 'T', 'unknown': {'x': [1]}}])
+        assert isinstance(request.params[0], tentacle.ScriptTicket)
+        assert request.params[0].task_id == 'T'
+    message = {
+        '$type': tentacle._REQUEST_TYPE + ', Version=8.1.0.0',
+        'ID': 'x',
+        'Service': 's',
+        'METHOD': 'm',
+    }
+    assert tentacle.request_from_message(message)[0] == tentacle.Request('x', 's', 'm', [])
+
+
+@pytest.mark.parametrize(
+    'message',
+    [
+        None,
+        5,
+        [],
+        {},
+        {'id': 1, 'service': 's', 'method': 'm'},
+        {'id': 'x', 'service': 's'},
+        {
+            '$type': 'Halibut.Transport.Protocol.ResponseMessage, Halibut',
+            'id': 'x',
+            'service': 's',
+            'method': 'm',
+        },
+        {'$type': 1, 'id': 'x', 'service': 's', 'method': 'm'},
+        {'id': 'x', 'service': 's', 'method': 'm', 'params': {}},
+        {
+            'id': 'x',
+            'service': 's',
+            'method': 'm',
+            'params': [{'$type': 'System.Diagnostics.Process, System'}],
+        },
+        {
+            'id': 'x',
+            'service': 's',
+            'method': 'm',
+            'params': [
+                {
+                    '$type': 'Octopus.Shared.Contracts.ScriptStatusRequest, Octopus.Shared',
+                    'LastLogSequence': 'x',
+                }
+            ],
+        },
+        {
+            'id': 'x',
+            'service': 's',
+            'method': 'm',
+            'params': [
+                {
+                    '$type': 'Octopus.Shared.Contracts.ScriptStatusRequest, Octopus.Shared',
+                    'Ticket': {'$type': 'Other, X'},
+                }
+            ],
+        },
+        {
+            'id': 'x',
+            'service': 's',
+            'method': 'm',
+            'params': [{'$type': 'Halibut.DataStream, Halibut', 'id': GUID, 'length': -1}],
+        },
+    ],
+)
+def test_messages_outside_the_contracts(message):
+    with pytest.raises(tentacle.ProtocolError):
+        tentacle.request_from_message(message)
+
+
+def test_a_document_whose_type_does_not_come_first_stays_a_document():
+    parameter = {'TaskId': 'T', '$type': 'Octopus.Shared.Contracts.ScriptTicket, Octopus.Shared'}
+    assert read_request(params=[parameter])[0].params == [parameter]
+
+
+def test_data_streams_are_found_in_the_order_of_the_document():
+    first, second, third = (uuid.UUID(int=i) for i in (1, 2, 3))
+    file_type = {'Name': 'n', 'Contents': {'id': first, 'length': 1}}
+    command = {
+        '$type': 'Octopus.Shared.Contracts.StartScriptCommand, Octopus.Shared',
+        'Files': [file_type, {'Contents': {'length': Int64(2), 'Id': second}}],
+        'ScriptBody': '',
+    }
+    _, streams = read_request(
+        params=[command, {'$type': 'Halibut.DataStream, Halibut', 'id': third, 'length': 3}]
+    )
+    assert [(stream.id, stream.length) for stream in streams] == [
+        (first, 1),
+        (second, 2),
+        (third, 3),
+    ]
+
+
+def test_secrets_do_not_show():
+    secret = tentacle.Secret('hunter2')
+    assert 'hunter2' not in '%s %r {}'.format(secret) % (secret, secret)
+    assert secret.reveal() == 'hunter2'
+
+
+# ---- 9. Message serializer -----------------------------------------------------------------------
+
+
+def read_document(data, piece=1 << 20, max_bytes=1 << 20, elements=1000):
+    stream = ScriptedStream(data, piece)
+    return tentacle.read_document(stream, max_bytes, elements), b''.join(
+        iter(stream.read_some, b'')
+    )
+
+
+@pytest.mark.parametrize('piece', [1, 7, 1 << 20])
+@pytest.mark.parametrize('level', [0, 1, 9])
+def test_a_message_gives_back_what_follows_it(piece, level):
+    document = {'Message': {'text': 'x' * 1000, 'n': 1}}
+    data = deflated(tentacle.encode_bson(document), level) + b'NEXT\r\n'
+    got, left = read_document(data, piece)
+    assert got == document
+    assert left == b'NEXT\r\n'
+
+
+def test_the_null_message_of_the_original():
+    """As the original writes its keep-alive: origin as for CAPTURES, polling-idle-70s."""
+    assert read_document(bytes.fromhex('e3636060e0f24d2d2e4e4c4f65600000'))[0] == {'Message': None}
+    assert read_document(tentacle.pack_message(None))[0] == {'Message': None}
+
+
+def test_the_end_of_the_stream():
+    assert read_document(b'') == (None, b'')
+    with pytest.raises(tentacle.ConnectionLost):
+        read_document(tentacle.pack_message(None)[:-2])
+    flushed = zlib.compressobj(wbits=-15)
+    unfinished = flushed.compress(bson()) + flushed.flush(zlib.Z_SYNC_FLUSH)
+    with pytest.raises(tentacle.ConnectionLost):
+        read_document(unfinished)
+
+
+@pytest.mark.parametrize(
+    'data, words',
+    [
+        (b'\xff' * 50, 'not DEFLATE'),
+        (deflated(b'\xff\xff\xff\x7f' + b'\0' * 100), 'between 5 and'),
+        (deflated(struct.pack('<i', (1 << 20) + 1) + b'\0' * 100), 'between 5 and'),
+        (deflated(b'\0' * (50 << 20)), 'between 5 and'),
+        (deflated(struct.pack('<i', 1 << 20) + b'\0' * (50 << 20)), 'more bytes than it says'),
+        (deflated(bson() + b'\0'), 'more bytes than it says'),
+        (deflated(b'\5\0'), 'BSON'),
+        (b'\0\0\0\xff\xff' * 300000, 'more than 1048576 bytes'),
+        (deflated(nested(40)), 'within each other'),
+        (deflated(tentacle.encode_bson({'a': [None] * 1001})), 'more elements'),
+    ],
+)
+def test_hostile_messages(data, words):
+    with pytest.raises(tentacle.ProtocolError, match=words):
+        read_document(data)
+
+
+def test_a_bomb_is_noticed_before_it_is_inflated():
+    """A hundred MB of zeros behind an honest size: memory stays at what was announced."""
+    import tracemalloc
+
+    bomb = deflated(struct.pack('<i', 1 << 16) + b'\0' * (100 << 20), 9)
+    tracemalloc.start()
+    with pytest.raises(tentacle.ProtocolError):
+        read_document(bomb)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 4 << 20
+
+
+# ---- 10. Identification and control messages -----------------------------------------------------
+
+
+def walk(*events):
+    conversation = tentacle.Conversation()
+    for event in events:
+        conversation.advance(event)
+    return conversation.state
+
+
+@pytest.mark.parametrize(
+    'events',
+    [
+        'MX-CLIENT MX-SERVER request response NEXT PROCEED request response END',
+        'MX-SUBSCRIBER MX-SERVER request response NEXT PROCEED request response END',
+    ],
+)
+def test_legal_conversations(events):
+    assert walk(*events.split()) == 'ended'
+
+
+@pytest.mark.parametrize(
+    'events',
+    [
+        'MX-SERVER',
+        'NEXT',
+        'request',
+        'MX-CLIENT request',
+        'MX-CLIENT MX-CLIENT',
+        'MX-CLIENT MX-SERVER NEXT',
+        'MX-CLIENT MX-SERVER response',
+        'MX-CLIENT MX-SERVER request NEXT',
+        'MX-CLIENT MX-SERVER request response PROCEED',
+        'MX-CLIENT MX-SERVER request response request',
+        'MX-CLIENT MX-SERVER request response NEXT END',
+        'MX-CLIENT MX-SERVER request response END NEXT',
+        'MX-CLIENT MX-SERVER request response HELLO',
+    ],
+)
+def test_illegal_conversations(events):
+    *before, last = events.split()
+    walk(*before)
+    with pytest.raises(tentacle.ProtocolError, match=last + ' came'):
+        walk(*(before + [last]))
+
+
+def test_a_null_request_is_for_polling_alone():
+    walk('MX-SUBSCRIBER', 'MX-SERVER', tentacle.KEEP_ALIVE, 'NEXT', 'PROCEED')
+    with pytest.raises(tentacle.ProtocolError):
+        walk('MX-CLIENT', 'MX-SERVER', tentacle.KEEP_ALIVE)
+
+
+@pytest.mark.parametrize(
+    'line, parsed',
+    [
+        ('MX-CLIENT 1.0', ('MX-CLIENT', '')),
+        ('MX-CLIENT 2.7', ('MX-CLIENT', '')),
+        ('MX-SUBSCRIBER 1.0 poll://abc/', ('MX-SUBSCRIBER', 'poll://abc/')),
+        ('MX-SERVER 1.0', ('MX-SERVER', '')),
+    ],
+)
+def test_identifications(line, parsed):
+    assert tentacle.parse_identification(line) == parsed
+
+
+@pytest.mark.parametrize(
+    'line', ['', 'MX', 'MX-CLIENT', 'mx-client 1.0', 'GET / HTTP/1.1', 'MX-OTHER 1.0']
+)
+def test_bad_identifications(line):
+    with pytest.raises(tentacle.ProtocolError):
+        tentacle.parse_identification(line)
+
+
+@pytest.mark.parametrize(
+    'held, end',
+    [
+        (b'MX\n\n', 4),
+        (b'MX\r\n\r\n', 6),
+        (b'MX\n\nMX-CLIENT 1.0\r\n\r\n', 4),
+        (b'MX\n', 0),
+        (b'', 0),
+        (b'MX\r\n\r', 0),
+        (b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', 27),
+        (b'HELLO\n\n', 7),
+        (b'\n\n', 2),
+    ],
+)
+def test_the_greeting_ends_with_a_blank_line(held, end):
+    assert tentacle.end_of_greeting(held) == end
+
+
+# ---- 11. Message exchange ------------------------------------------------------------------------
+
+
+def response_bytes(result=None, request_id='x', **members):
+    message, _ = tentacle.response_to_message(tentacle.Response(request_id, result))
+    message.update(members)
+    return deflated(tentacle.encode_bson({'Message': message}))
+
+
+IDENTIFIED = b'MX-SERVER 1.0\r\n\r\n'
+
+
+def test_what_a_client_writes(tmp_path):
+    stream = ScriptedStream(
+        IDENTIFIED + response_bytes('a') + b'\r\n\r\nPROCEED\r\n' + response_bytes('b'), 3
+    )
+    exchange = tentacle.MessageExchange(stream, str(tmp_path))
+    exchange.as_client()
+    request = tentacle.Request('x', 's', 'm', [])
+    assert exchange.call(request).result == 'a'
+    exchange.go_on()
+    assert exchange.call(request).result == 'b'
+    exchange.leave()
+    packed = tentacle.pack_message(tentacle.request_to_message(request)[0])
+    assert stream.written == [
+        b'MX\n\n',
+        b'MX-CLIENT 1.0\r\n\r\n',
+        packed,
+        b'NEXT\r\n',
+        packed,
+        b'END\r\n',
+    ]
+
+
+def test_what_a_service_writes(tmp_path):
+    requests = (
+        request_bytes('s', 'm', 'one') + b'NEXT\r\n' + request_bytes('s', 'm', 'two') + b'END\r\n'
+    )
+    stream = ScriptedStream(b'MX-CLIENT 1.0\r\n\r\n' + requests)
+    seen = []
+
+    def handle(request):
+        seen.append(request.params)
+        return tentacle.Response(request.id, 'done')
+
+    tentacle.MessageExchange(stream, str(tmp_path)).as_server(handle)
+    answer = tentacle.pack_message(
+        tentacle.response_to_message(tentacle.Response('s::m[1] / x', 'done'))[0]
+    )
+    assert stream.written == [IDENTIFIED, answer, b'PROCEED\r\n', answer]
+    assert seen == [['one'], ['two']]
+
+
+@pytest.mark.parametrize(
+    'data',
+    [
+        b'MX-CLIENT 1.0\r\nrubbish\r\n',
+        b'MX-SUBSCRIBER 1.0 poll://x/\r\n\r\n',
+        b'MX-SERVER 1.0\r\n\r\n',
+        b'HELLO\r\n\r\n',
+        b'MX-CLIENT 1.0\r\n\r\n' + b'NEXT\r\n',
+        b'MX-CLIENT 1.0\r\n\r\n' + tentacle.pack_message(None),
+        b'MX-CLIENT 1.0\r\n\r\n' + request_bytes('s', 'm') + b'PROCEED\r\n',
+        b'MX-CLIENT 1.0\r\n\r\n' + request_bytes('s', 'm') + request_bytes('s', 'm'),
+    ],
+)
+def test_a_service_hears_only_what_is_legal(tmp_path, data):
+    exchange = tentacle.MessageExchange(ScriptedStream(data), str(tmp_path))
+    with pytest.raises((tentacle.ProtocolError, tentacle.ConnectionLost)):
+        exchange.as_server(lambda request: tentacle.Response(request.id))
+
+
+def stream_bytes(stream_id, content, length=None, closing=None):
+    """A data stream on the wire, honest or not."""
+    head = struct.pack('<q', len(content) if length is None else length)
+    return (
+        stream_id.bytes_le
+        + head
+        + content
+        + (head if closing is None else struct.pack('<q', closing))
+    )
+
+
+@pytest.mark.parametrize('size', [0, 1, 16383, 16384, 65536, 65537, 3 << 20])
+def test_data_streams_both_ways(tmp_path, size):
+    content = os.urandom(size)
+    sent = tentacle.DataStream(size, lambda: io.BytesIO(content))
+    writer = ScriptedStream(IDENTIFIED + response_bytes())
+    exchange = tentacle.MessageExchange(writer, str(tmp_path))
+    exchange.as_client()
+    exchange.call(tentacle.Request('x', 's', 'm', ['path', sent]))
+    wire = b''.join(writer.written[2:])
+    assert wire.endswith(stream_bytes(sent.id, content))
+
+    got = []
+
+    def handle(request):
+        for _ in range(2):  # it can be opened again
+            with request.params[1].open() as file:
+                got.append(file.read())
+        return tentacle.Response(request.id)
+
+    reader = ScriptedStream(b'MX-CLIENT 1.0\r\n\r\n' + wire + b'END\r\n', 100000)
+    tentacle.MessageExchange(reader, str(tmp_path)).as_server(handle)
+    assert got == [content, content]
+    assert os.listdir(str(tmp_path)) == []
+
+
+def upload_request(length, stream_id=GUID):
+    return request_bytes(
+        'IFileTransferService', 'UploadFile', 'x', tentacle.DataStream(length, None, stream_id)
+    )
+
+
+@pytest.mark.parametrize(
+    'data, words',
+    [
+        (upload_request(3) + stream_bytes(GUID, b'abc', closing=4), 'length after'),
+        (upload_request(3) + stream_bytes(GUID, b'abcd'), 'does not name so'),
+        (upload_request(3) + stream_bytes(GUID, b'abc', length=-1), 'does not name so'),
+        (upload_request(3) + stream_bytes(uuid.UUID(int=1), b'abc'), 'does not name so'),
+        (upload_request(1 << 60) + stream_bytes(GUID, b'', length=1 << 60), 'does not fit'),
+        (
+            upload_request((1 << 63) - 1) + stream_bytes(GUID, b'', length=(1 << 63) - 1),
+            'does not fit',
+        ),
+    ],
+)
+def test_lying_data_streams(tmp_path, data, words):
+    stream = ScriptedStream(b'MX-CLIENT 1.0\r\n\r\n' + data)
+    with pytest.raises(tentacle.ProtocolError, match=words):
+        tentacle.MessageExchange(stream, str(tmp_path)).as_server(
+            lambda request: tentacle.Response(request.id)
+        )
+
+
+def test_a_source_that_shrinks_ends_the_connection(tmp_path):
+    short = tentacle.DataStream(10, lambda: io.BytesIO(b'only'))
+    exchange = tentacle.MessageExchange(ScriptedStream(IDENTIFIED), str(tmp_path))
+    exchange.as_client()
+    with pytest.raises(tentacle.ConnectionLost, match='shorter'):
+        exchange.call(tentacle.Request('x', 's', 'm', [short]))
+
+
+@pytest.mark.parametrize(
+    'answer',
+    [
+        response_bytes(request_id='other'),
+        response_bytes(result=5, id=None),
+        tentacle.pack_message(None),
+        response_bytes(error='text'),
+        request_bytes('s', 'm'),
+    ],
+)
+def test_a_client_takes_no_other_answer(answer):
+    exchange = tentacle.MessageExchange(ScriptedStream(IDENTIFIED + answer))
+    exchange.as_client()
+    with pytest.raises(tentacle.ProtocolError):
+        exchange.call(tentacle.Request('x', 's', 'm', []))
+
+
+# ---- 12. Service invocation ----------------------------------------------------------------------
+
+
+class Sample:
+    @tentacle.exposed('Echo', str)
+    def echo(self, text):
+        return text
+
+    @tentacle.exposed('Fail', str)
+    def fail(self, kind):
+        raise {
+            'os': OSError(2, 'No such file'),
+            'bug': KeyError('x'),
+            'ours': tentacle.TentacleError('ours'),
+        }[kind]
+
+    def hidden(self):
+        raise AssertionError('not to be called')
+
+
+def invoke(service, method, *params):
+    return tentacle.ServiceRegistry({'ISample': Sample()}).invoke(
+        tentacle.Request('1', service, method, list(params))
+    )
+
+
+def test_invocation():
+    assert invoke('ISample', 'ECHO', 'x') == tentacle.Response('1', 'x')
+
+
+@pytest.mark.parametrize(
+    'call, error_type, message, details',
+    [
+        (
+            ('isample', 'Echo', 'x'),
+            None,
+            'Error: isample has not been registered through an IAutofacServiceSource',
+            '',
+        ),
+        (('ISample', 'hidden'), tentacle.METHOD_NOT_FOUND, '', ''),
+        (('ISample', '__init__'), tentacle.METHOD_NOT_FOUND, '', ''),
+        (('ISample', 'Echo'), tentacle.AMBIGUOUS_METHOD, '', ''),
+        (('ISample', 'Echo', 1), tentacle.AMBIGUOUS_METHOD, '', ''),
+        (('ISample', 'Echo', 'x', 'y'), tentacle.AMBIGUOUS_METHOD, '', ''),
+        (('ISample', 'Echo', {'$type': 'x'}), tentacle.AMBIGUOUS_METHOD, '', ''),
+        (
+            ('ISample', 'Echo', None),
+            None,
+            '',
+            'System.Reflection.TargetInvocationException: Exception has been thrown '
+            'by the target of an invocation.',
+        ),
+        (('ISample', 'Fail', 'os'), None, '', 'System.Reflection.TargetInvocationException: '),
+        (
+            ('ISample', 'Fail', 'ours'),
+            None,
+            'ours',
+            'System.Reflection.TargetInvocationException: ',
+        ),
+        (('ISample', 'Fail', 'bug'), None, '', 'System.Reflection.TargetInvocationException: '),
+    ],
+)
+def test_errors_of_invocation(call, error_type, message, details):
+    error = invoke(*call).error
+    assert error.error_type == error_type
+    assert message in str(error)
+    assert error.details.startswith(details)
+
+
+# ---- 13. Script execution ------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    'pieces, lines',
+    [
+        ([b'a\nb\n'], ['a', 'b']),
+        ([b'a\r\nb'], ['a', 'b']),
+        ([b'a', b'b\n', b'\n'], ['ab', '']),
+        ([b'\xc3', b'\xbc\n'], ['ü']),
+        ([b'\xff\n'], ['\ufffd']),
+        ([b'\xe2\x9c'], ['\ufffd']),
+        ([b'x' * 25], ['x' * 10, 'x' * 10, 'x' * 5]),
+        ([b'a\0\x1b[0mb\n'], ['a\0\x1b[0mb']),
+        ([b''], []),
+    ],
+)
+def test_output_is_cut_into_lines(pieces, lines):
+    splitter = tentacle.LineSplitter(limit=10)
+    assert [line for piece in pieces for line in splitter.feed(piece)] + splitter.feed(
+        b'', True
+    ) == lines
+
+
+@pytest.mark.parametrize(
+    'text, arguments',
+    [
+        ('', []),
+        ('one "two words"', ['one', 'two words']),
+        ('a\t b', ['a', 'b']),
+        ('""', ['']),
+        ('"a""b"', ['a"b']),
+        (r'\"a\" b\\c', ['"a"', r'b\\c']),
+        (r'"a\\" b', ['a\\', 'b']),
+        ("'single quotes' $HOME `x`", ["'single", "quotes'", '$HOME', '`x`']),
+    ],
+)
+def test_arguments_are_split_as_dotnet_does(text, arguments):
+    assert tentacle.split_arguments(text) == arguments
+
+
+def write_log(path, source, lines):
+    writer = tentacle.LogWriter(str(path))
+    writer.append(source, lines)
+    writer.close()
+
+
+def test_a_log_is_read_from_where_one_was(tmp_path):
+    log = tentacle.ScriptLog(str(tmp_path / 'log'), LIMITS._replace(log_answer_lines=150))
+    assert log.read(0) == ([], False)
+    write_log(tmp_path / 'log', 0, ['line %d' % i for i in range(400)])
+    write_log(tmp_path / 'log', 1, ['odd \n \0 "text" ü'])
+    got, after = [], 0
+    for expected_more in (True, True, False):
+        entries, more = log.read(after)
+        assert more is expected_more
+        got += entries
+        after += len(entries)
+    expected = ['line %d' % i for i in range(400)] + ['odd \n \0 "text" ü']
+    assert [entry.text for entry in got] == expected
+    assert [entry.source for entry in got] == [0] * 400 + [1]
+    assert log.read(401) == ([], False) and log.read(10**12) == ([], False)
+    assert log.read(-5)[0][0].text == 'line 0'
+
+
+def test_one_entry_is_always_given(tmp_path):
+    log = tentacle.ScriptLog(str(tmp_path / 'log'), LIMITS._replace(log_answer_bytes=10))
+    write_log(tmp_path / 'log', 0, ['x' * 100, 'y'])
+    assert [entry.text for entry in log.read(0)[0]] == ['x' * 100]
+
+
+def test_what_a_script_writes_into_its_log_is_shown(tmp_path):
+    log = tentacle.ScriptLog(str(tmp_path / 'log'))
+    (tmp_path / 'log').write_bytes(b'rubbish \xff\n[0]\n[9,1,"x"]\n{}\n')
+    write_log(tmp_path / 'log', 0, ['honest'])
+    entries, _ = log.read(0)
+    assert [entry.source for entry in entries] == [tentacle.DEBUG] * 4 + [0]
+    assert 'rubbish' in entries[0].text and entries[4].text == 'honest'
+
+
+def test_a_full_disk_loses_whole_lines_and_says_how_many(tmp_path):
+    writer = tentacle.LogWriter(str(tmp_path / 'log'))
+    writer.append(0, ['before'])
+    size = (tmp_path / 'log').stat().st_size
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size + 20, limits[1]))
+    try:
+        writer.append(0, ['lost', 'lost too'])
+        writer.append(1, ['and this'])
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    writer.append(0, ['after'])
+    writer.close()
+    entries, _ = tentacle.ScriptLog(str(tmp_path / 'log')).read(0)
+    lost = '3 lines were lost here: the log could not be written'
+    assert [entry.text for entry in entries] == ['before', lost, 'after']
+
+
+def test_reading_a_log_costs_what_is_new(tmp_path, monkeypatch):
+    log = tentacle.ScriptLog(str(tmp_path / 'log'))
+    write_log(tmp_path / 'log', 0, ['line'] * 100000)
+    after = 0
+    while True:
+        entries, _ = log.read(after)
+        if not entries:
+            break
+        after += len(entries)
+    write_log(tmp_path / 'log', 0, ['new'])
+    decoded = []
+    monkeypatch.setattr(
+        tentacle.json,
+        'loads',
+        lambda line: decoded.append(line) or json.JSONDecoder().decode(line),
+    )
+    assert [entry.text for entry in log.read(after)[0]] == ['new']
+    assert len(decoded) == 1
+
+
+@pytest.mark.parametrize(
+    'ticket',
+    [None, '', '.', '..', '../x', 'a/b', '/etc', 'a\0b', 'x' * 101, '.x', 'a\n', 'ü', 'a b'],
+)
+def test_tickets_that_can_not_be_a_folder(client, shared_agent, ticket):
+    with pytest.raises(tentacle.ServiceError, match='is no script ticket'):
+        v2(client, 'StartScript', start_command('true', ticket))
+    assert os.listdir(os.path.join(shared_agent.home, 'Work')) == []
+
+
+def test_a_script_from_start_to_completion(client, shared_agent):
+    ticket = tentacle.new_ticket()
+    body = 'echo out; echo err >&2\r\nprintf "no end ✓"; pwd > $TentacleHome/where; exit 7'
+    status = v2(client, 'StartScript', start_command(body, ticket))
+    assert (status.state, status.exit_code, status.ticket.task_id) == (tentacle.COMPLETE, 7, ticket)
+    assert texts(status, tentacle.STDOUT) == ['out', 'no end ✓']
+    assert texts(status, tentacle.STDERR) == ['err']
+    workspace = os.path.join(shared_agent.home, 'Work', ticket)
+    assert open_bytes(
+        os.path.join(shared_agent.home, 'where')
+    ).decode().strip() == os.path.realpath(workspace)
+    os.unlink(os.path.join(shared_agent.home, 'where'))
+    assert b'\r' not in open_bytes(os.path.join(workspace, 'Bootstrap.sh'))
+    assert status.next_log_sequence == len(status.logs)
+    assert all(abs(entry.occurred / 1000 - time.time()) < 60 for entry in status.logs)
+    assert status.logs[-1].text == 'Process /bin/bash in %s exited with code 7' % workspace
+    again = v2(
+        client,
+        'GetStatus',
+        about(tentacle.ScriptStatusRequestV2, ticket, status.next_log_sequence - 1),
+    )
+    assert [entry.text for entry in again.logs] == [status.logs[-1].text]
+    assert v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket)) is None
+    assert not os.path.exists(workspace)
+    gone = v2(client, 'GetStatus', about(tentacle.ScriptStatusRequestV2, ticket))
+    assert (gone.state, gone.exit_code) == (tentacle.COMPLETE, -45)
+
+
+def test_a_start_returns_at_once_when_it_is_not_to_wait(client):
+    ticket = tentacle.new_ticket()
+    command = start_command('sleep 0.3; exit 3', ticket, duration_to_wait=None)
+    status = v2(client, 'StartScript', command)
+    assert (status.state, status.exit_code) in [(tentacle.PENDING, 0), (tentacle.RUNNING, 0)]
+    assert finished(client, ticket).exit_code == 3
+    v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+
+
+def test_the_same_ticket_starts_one_process(shared_agent, keys):
+    ticket = tentacle.new_ticket()
+    mark = os.path.join(shared_agent.home, 'starts')
+    statuses = []
+
+    def start():
+        with tentacle.TentacleClient(shared_agent.endpoint, keys['server']) as client:
+            statuses.append(
+                v2(client, 'StartScript', start_command('echo x >> $TentacleHome/starts', ticket))
+            )
+
+    threads = [threading.Thread(target=start) for _ in range(10)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert len(statuses) == 10
+    assert {(status.state, status.exit_code) for status in statuses} == {(tentacle.COMPLETE, 0)}
+    assert open_bytes(mark) == b'x\n'
+    os.unlink(mark)
+    with tentacle.TentacleClient(shared_agent.endpoint, keys['server']) as client:
+        v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+
+
+CANCEL_BODIES = {
+    'obedient': 'echo started; sleep 100',
+    'deaf': 'trap "" TERM; echo started; while :; do sleep 1; done',
+    'with a child': 'sleep 100 & echo started; wait',
+    'with a deaf child': '(trap "" TERM; sleep 100) & echo started; sleep 100',
+}
+
+
+@pytest.mark.parametrize('body', CANCEL_BODIES.values(), ids=list(CANCEL_BODIES))
+def test_cancel_ends_the_whole_process_group(client, shared_agent, body):
+    ticket = tentacle.new_ticket()
+    mark = 'TENTACLE_TEST_%s' % ticket
+    v2(
+        client,
+        'StartScript',
+        start_command(
+            'export %s=1; exec bash -c %s' % (mark.replace('-', '_'), shlex.quote(body)),
+            ticket,
+            duration_to_wait=None,
+        ),
+    )
+    eventually(
+        lambda: (
+            'started'
+            in texts(v2(client, 'GetStatus', about(tentacle.ScriptStatusRequestV2, ticket)))
+        )
+    )
+    assert processes_with(mark.replace('-', '_'))
+    v2(client, 'CancelScript', about(tentacle.CancelScriptCommandV2, ticket))
+    status = finished(client, ticket)
+    assert status.exit_code == -1
+    assert eventually(lambda: not processes_with(mark.replace('-', '_')))
+    v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+
+
+def processes_with(variable):
+    """Processes that have a variable in their environment."""
+    found = []
+    for pid in os.listdir('/proc'):
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and variable.encode() in open_bytes('/proc/%s/environ' % pid):
+                found.append(int(pid))
+    return found
+
+
+def test_a_script_that_dies_by_a_signal(client):
+    assert client.run_script('kill -9 $$', lambda line: None) == 137
+
+
+def test_a_background_child_does_not_delay_the_end(client):
+    lines = []
+    code = client.run_script('sleep 300 & echo $!; exit 4', lines.append)
+    assert code == 4
+    child = int([line.text for line in lines if not line.remark][0])
+    os.kill(child, signal.SIGKILL)
+
+
+def test_a_script_has_no_descriptor_of_ours_and_default_signals(client):
+    lines = []
+    client.run_script(
+        'ls /proc/self/fd | wc -l; cat; grep SigIgn /proc/self/status; exec 2>&-', lines.append
+    )
+    own = [line.text for line in lines if not line.remark]
+    assert own == ['4', 'SigIgn:\t0000000000000000']  # 0, 1, 2 and that of ls itself
+
+
+def test_environment_of_a_script(client, shared_agent):
+    lines = []
+    client.run_script('env', lines.append)
+    environment = dict(
+        line.text.split('=', 1) for line in lines if not line.remark and '=' in line.text
+    )
+    assert environment['TentacleHome'] == shared_agent.home
+    assert environment['TentacleVersion'] == '9.0.0'
+    assert environment['TentaclePyVersion'] == tentacle.__version__
+    assert environment['TentacleJournal'] == shared_agent.home + '/DeploymentJournal.xml'
+    assert environment['TentacleExecutablePath'] == PROGRAM
+    for name in (
+        'TentacleApplications',
+        'CalamariPackageRetentionJournalPath',
+        'TentacleInstanceName',
+        'TentacleProgramDirectoryPath',
+        'AgentProgramDirectoryPath',
+        'TentacleUseDefaultProxy',
+        'TentacleProxyHost',
+        'TentacleProxyPort',
+        'TentacleProxyUsername',
+        'TentacleProxyPassword',
+    ):
+        assert name in environment
+
+
+def test_files_beside_the_script(client):
+    files = [
+        tentacle.ScriptFile(
+            name=name,
+            contents=tentacle.DataStream(len(content), lambda content=content: io.BytesIO(content)),
+        )
+        for name, content in (('a b.txt', b'small'), ('big', b'x' * 100000))
+    ]
+    ticket = tentacle.new_ticket()
+    status = v2(
+        client,
+        'StartScript',
+        start_command(
+            'cat "a b.txt"; echo; wc -c < big; echo "$1|$2"',
+            ticket,
+            files=files,
+            arguments=['"one', 'two"', 'three'],
+        ),
+    )
+    assert texts(status) == ['small', '100000', 'one two|three']
+    v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+
+
+@pytest.mark.parametrize(
+    'name', ['../x', '/tmp/x', 'a/b', 'a\\b', '..', '.', '', 'a\0b', 'Bootstrap.sh', 'Output.log']
+)
+def test_names_that_lead_out_of_the_workspace(client, shared_agent, name):
+    ticket = tentacle.new_ticket()
+    file = tentacle.ScriptFile(name=name, contents=tentacle.DataStream(1, lambda: io.BytesIO(b'x')))
+    with pytest.raises(tentacle.ServiceError, match='can not be the name of a file'):
+        v2(client, 'StartScript', start_command('true', ticket, files=[file]))
+    assert ticket not in os.listdir(os.path.join(shared_agent.home, 'Work'))
+
+
+def test_a_long_log_comes_in_bounded_answers(client):
+    ticket = tentacle.new_ticket()
+    status = v2(client, 'StartScript', start_command('seq 1 25000', ticket))
+    got, answers = texts(status), 1
+    assert status.state == tentacle.RUNNING  # complete comes with the last of it alone
+    while status.state != tentacle.COMPLETE:
+        status = v2(
+            client,
+            'GetStatus',
+            about(tentacle.ScriptStatusRequestV2, ticket, status.next_log_sequence),
+        )
+        assert len(status.logs) <= LIMITS.log_answer_lines
+        got += texts(status)
+        answers += 1
+    assert got == [str(i) for i in range(1, 25001)]
+    assert answers >= 3
+    v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+
+
+# ---- 14. Tentacle services -----------------------------------------------------------------------
+
+
+def test_capabilities(client):
+    assert client.capabilities() == ['IScriptService', 'IFileTransferService', 'IScriptServiceV2']
+
+
+def test_unknown_tickets(client):
+    for method, cls in (
+        ('GetStatus', tentacle.ScriptStatusRequestV2),
+        ('CancelScript', tentacle.CancelScriptCommandV2),
+    ):
+        for ticket in ('unknown', '../..', ''):
+            status = v2(client, method, about(cls, ticket, 3))
+            assert (status.state, status.exit_code, status.logs) == (tentacle.COMPLETE, -45, [])
+    assert v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, 'unknown')) is None
+    for method, cls in (
+        ('GetStatus', tentacle.ScriptStatusRequest),
+        ('CancelScript', tentacle.CancelScriptCommand),
+        ('CompleteScript', tentacle.CompleteScriptCommand),
+    ):
+        status = client.call('IScriptService', method, about(cls, 'unknown', 3))
+        assert (status.state, status.exit_code) == (tentacle.COMPLETE, 0)
+
+
+def test_the_older_script_service(client, shared_agent):
+    command = tentacle.StartScriptCommand(
+        script_body='echo wrong', scripts={'Bash': 'echo "$1"; exit 5'}, arguments=['a1']
+    )
+    ticket = client.call('IScriptService', 'StartScript', command)
+    status = eventually(
+        lambda: (lambda s: s if s.state == 2 else None)(
+            client.call(
+                'IScriptService', 'GetStatus', about(tentacle.ScriptStatusRequest, ticket.task_id)
+            )
+        )
+    )
+    assert (status.exit_code, texts(status)) == (5, ['a1'])
+    final = client.call(
+        'IScriptService',
+        'CompleteScript',
+        about(tentacle.CompleteScriptCommand, ticket.task_id, status.next_log_sequence),
+    )
+    assert (final.state, final.exit_code, final.logs) == (tentacle.COMPLETE, 5, [])
+    assert ticket.task_id not in os.listdir(os.path.join(shared_agent.home, 'Work'))
+
+
+def test_files_up_and_down(client, shared_agent):
+    content = os.urandom(200000)
+    result = client.call(
+        'IFileTransferService',
+        'UploadFile',
+        'up\\dir/a b.bin',
+        tentacle.DataStream(len(content), lambda: io.BytesIO(content)),
+    )
+    path = os.path.join(shared_agent.home, 'up', 'dir', 'a b.bin')
+    assert (result.full_path, result.hash, result.length) == (
+        path,
+        hashlib.sha1(content).hexdigest(),
+        len(content),
+    )
+    assert open_bytes(path) == content
+    stream = client.call('IFileTransferService', 'DownloadFile', path)
+    with stream.open() as file:
+        assert file.read() == content
+    assert client.call('IFileTransferService', 'DownloadFile', 'up/missing') is None
+    with pytest.raises(tentacle.ServiceError, match='is not a file'):
+        client.call('IFileTransferService', 'DownloadFile', 'up')
+    shutil.rmtree(os.path.join(shared_agent.home, 'up'))
+
+
+@pytest.mark.parametrize('name', CAPTURES)
+def test_the_originals_client_is_answered_as_by_the_original(shared_agent, keys, name):
+    """Its bytes as captured; our answers have the same keys, types and results."""
+    conversation = [(who, base64.b64decode(data)) for who, data in CAPTURES[name]]
+    with Peer(shared_agent.port, keys['server']) as peer:
+        for i, ((_, sent), (_, expected)) in enumerate(zip(conversation[::2], conversation[1::2])):
+            if i:
+                peer.go_on()
+            got = peer.call(sent)
+            want = tentacle.decode_bson(inflated(expected))['Message']
+            while got['result'] and got['result'].get('State', want['result'].get('State')) != want[
+                'result'
+            ].get('State'):
+                peer.go_on()  # not so far yet: asked again
+                got = peer.call(sent)
+            assert same_shape(want, got) == []
+            assert got['id'] == want['id']
+            if want['result'] and 'State' in want['result']:
+                assert got['result']['ExitCode'] == want['result']['ExitCode']
+        peer.sock.sendall(b'END\r\n')
+        assert peer.is_hung_up_on()
+
+
+# ---- 15. Listening -------------------------------------------------------------------------------
+
+
+def test_what_listen_prints(shared_agent, keys):
+    assert shared_agent.lines == [
+        'Agent will trust Octopus Servers with the thumbprint: ' + keys['server'].thumbprint,
+        'listen://[::]:%d/ ... Listener started' % shared_agent.port,
+        'Agent listening on: [::]:%d' % shared_agent.port,
+    ]
+
+
+@pytest.mark.parametrize('host', ['127.0.0.1', '::1'])
+def test_both_address_families(shared_agent, host):
+    try:
+        with dial(shared_agent.port, host=host) as sock:
+            sock.sendall(b'HELLO\n\n')
+            assert received(sock).startswith(b'HTTP/1.0 200 OK\r\n')
+    except OSError:
+        if host != '::1' or os.path.exists('/proc/net/if_inet6'):
+            raise
+
+
+@pytest.mark.parametrize('asked', [b'GET / HTTP/1.1\r\nHost: x\r\n\r\n', b'HELLO\n\n', b'\n\n'])
+@pytest.mark.parametrize('version', [TLS_1_2, TLS_1_3])
+def test_the_welcome_page(shared_agent, asked, version):
+    with dial(shared_agent.port, version=version) as sock:
+        sock.sendall(asked)
+        head, _, page = received(sock).partition(b'\r\n\r\n')
+    assert head.split(b'\r\n') == [
+        b'HTTP/1.0 200 OK',
+        b'Content-Type: text/html; charset=utf-8',
+        b'Content-Length: %d' % len(page),
+    ]
+    assert (
+        shared_agent.identity.thumbprint.encode() in page and tentacle.__version__.encode() in page
+    )
+    assert shared_agent.home.encode() not in page and len(page) < 2000
+
+
+def test_mx_of_windows_and_all_in_one_piece(shared_agent, keys):
+    for greeting in (b'MX\r\n\r\n', b'MX\n\n'):
+        with dial(shared_agent.port, keys['server']) as sock:
+            sock.sendall(greeting + b'MX-CLIENT 1.0\r\n\r\n')
+            assert sock.recv(100) == IDENTIFIED
+
+
+BREACHES = {
+    'greeting': b'M' * 30000,
+    'control line': b'MX\n\n' + b'x' * 2000,
+    'no identification': b'MX\n\nHELLO 1.0\r\n\r\n',
+    'a subscriber': b'MX\n\nMX-SUBSCRIBER 1.0 poll://x/\r\n\r\n',
+}
+
+
+@pytest.mark.parametrize('sent', BREACHES.values(), ids=list(BREACHES))
+def test_breaches_ahead_of_a_request(shared_agent, keys, sent):
+    before = shared_agent.log()
+    with dial(shared_agent.port, keys['server']) as sock:
+        sock.sendall(sent)
+        assert received(sock) == b''
+    line = eventually(
+        lambda: [
+            line for line in shared_agent.log()[len(before) :].splitlines() if 'protocol' in line
+        ]
+    )
+    assert len(line) == 1
+
+
+MESSAGE_BREACHES = {
+    'not DEFLATE': b'\xff' * 100,
+    'too long': deflated(struct.pack('<i', LIMITS.request_bytes + 1)),
+    'a bomb': deflated(struct.pack('<i', 1000) + b'\0' * (20 << 20)),
+    'nesting': deflated(nested(LIMITS.nesting + 1)),
+    'elements': deflated(tentacle.encode_bson({'Message': [None] * LIMITS.request_elements})),
+    'a type outside the contracts': request_bytes(
+        's', 'm', params=[{'$type': 'System.Object, mscorlib'}]
+    ),
+    'no message': deflated(bson()),
+    'null request': tentacle.pack_message(None),
+    'a stream that does not fit': upload_request(1 << 60) + stream_bytes(GUID, b'', length=1 << 60),
+    'a stream with another end': upload_request(3) + stream_bytes(GUID, b'abc', closing=9),
+    'too many streams': request_bytes(
+        's',
+        'm',
+        *[tentacle.DataStream(0, None, uuid.UUID(int=i)) for i in range(LIMITS.data_streams + 1)],
+    ),
+    'a line that is none': request_bytes('s', 'm') + b'HELLO\r\n',
+}
+
+
+@pytest.mark.parametrize('sent', MESSAGE_BREACHES.values(), ids=list(MESSAGE_BREACHES))
+def test_breaches_of_a_trusted_peer_end_its_connection_alone(shared_agent, keys, sent):
+    before = shared_agent.log()
+    with Peer(shared_agent.port, keys['server']) as peer:
+        with contextlib.suppress(OSError):
+            peer.sock.sendall(sent)
+        received(peer.sock)
+    lines = eventually(
+        lambda: [
+            line for line in shared_agent.log()[len(before) :].splitlines() if 'protocol' in line
+        ]
+    )
+    assert len(lines) == 1 and 'WARNING 127.0.0.1:' in lines[0] and len(lines[0]) < 500
+    with tentacle.TentacleClient(shared_agent.endpoint, keys['server']) as client:
+        assert client.capabilities()
+
+
+def test_time_for_a_handshake(tmp_path, keys):
+    """TCP alone, TLS without a word, and a word that trickles: each ends when its time is over."""
+    with listening(tmp_path, keys['agent'], handshake=0.5) as agent:
+        with socket.create_connection(('127.0.0.1', agent.port), 10) as sock:
+            assert received(sock) == b''
+        with dial(agent.port) as sock:
+            assert received(sock) == b''
+        with dial(agent.port) as sock:
+            started = time.monotonic()
+            with contextlib.suppress(OSError):
+                while time.monotonic() < started + 10:
+                    sock.sendall(b'M')
+                    sock.settimeout(0.05)
+                    try:
+                        if not sock.recv(1):
+                            break
+                    except socket.timeout:
+                        pass
+            assert time.monotonic() - started < 5
+
+
+def test_time_without_progress(tmp_path, keys):
+    identity = keys['server']
+    with listening(tmp_path, keys['agent'], [identity.thumbprint], progress=0.3, idle=0.6) as agent:
+        with Peer(agent.port, identity) as peer:
+            peer.sock.sendall(request_bytes('s', 'm')[:10])
+            assert peer.is_hung_up_on()
+        with Peer(agent.port, identity) as peer:
+            peer.sock.sendall(
+                upload_request(100000) + GUID.bytes_le + struct.pack('<q', 100000) + b'some'
+            )
+            assert peer.is_hung_up_on()
+        with Peer(agent.port, identity) as peer:  # an idle one
+            assert peer.is_hung_up_on()
+
+
+def test_connections_are_bounded(tmp_path, keys):
+    identity = keys['server']
+    with listening(tmp_path, keys['agent'], [identity.thumbprint], connections=2) as agent:
+        with Peer(agent.port, identity), Peer(agent.port, identity):
+            with dial(agent.port, identity) as third:
+                third.sendall(b'MX\n\nMX-CLIENT 1.0\r\n\r\n')
+                assert received(third) == b''
+
+        def served():
+            return peer_outcome(agent.port, identity, None) == 'served'
+
+        eventually(served)
+
+
+def test_fifty_concurrent_clients(shared_agent, keys):
+    results = []
+
+    def use():
+        with tentacle.TentacleClient(shared_agent.endpoint, keys['server']) as client:
+            for _ in range(3):
+                results.append(
+                    len(
+                        client.call(
+                            'ICapabilitiesServiceV2', 'GetCapabilities'
+                        ).supported_capabilities
+                    )
+                )
+
+    threads = [threading.Thread(target=use) for _ in range(50)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == [3] * 150
+
+
+def test_a_trusted_client_gets_through_500_half_open_connections(shared_agent, keys):
+    held = [socket.create_connection(('127.0.0.1', shared_agent.port), 10) for _ in range(500)]
+    try:
+        with tentacle.TentacleClient(shared_agent.endpoint, keys['server']) as client:
+            assert client.run_script('exit 3', lambda line: None) == 3
+    finally:
+        for sock in held:
+            sock.close()
+    tasks = '/proc/%d/task' % shared_agent.process.pid
+    if os.path.isdir(tasks):
+        eventually(lambda: len(os.listdir(tasks)) < 20)
+
+
+@pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
+def test_a_clean_stop_frees_the_port_at_once(tmp_path, keys, number):
+    agent = Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint)
+    with Peer(agent.port, keys['server']) as peer, socket.create_connection(
+        ('127.0.0.1', agent.port)
+    ):
+        assert agent.stop(number) == 0
+        assert peer.is_hung_up_on()
+    with socket.create_server(('127.0.0.1', agent.port)):
+        pass
+
+
+def test_trust_is_taken_over_while_it_runs(tmp_path, keys):
+    agent = Agent(tmp_path / 'home')
+    try:
+        assert 'trusts no Octopus Server yet' in agent.lines[0]
+        thumbprint = keys['server'].thumbprint
+        assert peer_outcome(agent.port, keys['server'], None) == 'nothing'
+        assert cli('configure', '--trust', thumbprint, home=agent.home)[0] == 0
+        assert peer_outcome(agent.port, keys['server'], None) == 'served'
+        assert cli('configure', '--remove-trust', thumbprint.lower(), home=agent.home)[0] == 0
+        assert peer_outcome(agent.port, keys['server'], None) == 'nothing'
+    finally:
+        agent.stop()
+
+
+def test_nothing_wakes_up_when_nothing_happens(shared_agent, client):
+    assert client.capabilities()  # an idle connection is open meanwhile
+
+    def switches():
+        total = 0
+        for task in os.listdir('/proc/%d/task' % shared_agent.process.pid):
+            text = open_bytes('/proc/%d/task/%s/status' % (shared_agent.process.pid, task)).decode()
+            total += sum(int(n) for n in re.findall(r'ctxt_switches:\s*(\d+)', text))
+        return total
+
+    def still():
+        before = switches()
+        threading.Event().wait(1.5)
+        return switches() == before
+
+    eventually(still, 15)
+
+
+# ---- 17. Dispatcher ------------------------------------------------------------------------------
+
+
+class FakeTentacle:
+    """A listening service in this process: `serve(sock, number)` plays each connection."""
+
+    def __init__(self, identity, serve):
+        self._context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+        self._context.load_cert_chain(identity.path)
+        self._server = socket.create_server(('127.0.0.1', 0))
+        self._serve = serve
+        self.failures = []
+        self.connections = 0
+        self.port = self._server.getsockname()[1]
+        self.endpoint = tentacle.ServiceEndPoint(
+            'https://127.0.0.1:%d/' % self.port, identity.thumbprint
+        )
+        self._thread = threading.Thread(target=self._accept)
+        self._thread.start()
+
+    def _accept(self):
+        while True:
+            try:
+                sock, _ = self._server.accept()
+            except OSError:
+                return
+            self.connections += 1
+            try:
+                with self._context.wrap_socket(sock, server_side=True) as secure:
+                    secure.settimeout(20)
+                    self._serve(FakeConnection(secure), self.connections)
+            except (OSError, EOFError):
+                pass
+            except Exception as error:
+                self.failures.append(error)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._server.shutdown(socket.SHUT_RDWR)
+        self._server.close()
+        self._thread.join()
+        assert self.failures == []
+
+
+class FakeConnection(Peer):
+    """The service's end of a connection."""
+
+    def __init__(self, sock):
+        self.sock = sock
+        self._buffer = b''
+        lines = [self.take_line() for _ in range(4)]
+        assert lines == [b'MX\n', b'\n', b'MX-CLIENT 1.0\r\n', b'\r\n']
+        sock.sendall(IDENTIFIED)
+
+    def answer(self, document):
+        self.sock.sendall(deflated(tentacle.encode_bson({'Message': document})))
+
+    def proceed(self):
+        """Whether the client goes on."""
+        if self.take_line() != b'NEXT\r\n':
+            return False
+        self.sock.sendall(b'PROCEED\r\n')
+        return True
+
+
+def echo(connection, number=0, calls=1000):
+    """Answer calls with the parameter that came."""
+    for _ in range(calls):
+        request = connection.take_message()
+        connection.answer(
+            {
+                '$type': tentacle._RESPONSE_TYPE,
+                'id': request['id'],
+                'error': None,
+                'result': (request['params'] or [None])[0],
+            }
+        )
+        if not connection.proceed():
+            return
+
+
+def test_warm_connections_are_used_again(keys):
+    with FakeTentacle(keys['agent'], echo) as fake:
+        with tentacle.TentacleClient(fake.endpoint, keys['server']) as client:
+            assert [client.call('s', 'm', str(i)) for i in range(5)] == list('01234')
+        assert fake.connections == 1
+
+
+@pytest.mark.parametrize('kill', ['closed', 'silent about NEXT'])
+def test_a_dead_pooled_connection_is_replaced_unseen(keys, kill):
+    def serve(connection, number):
+        if number == 1:
+            echo_once(connection)
+            if kill == 'silent about NEXT':
+                assert connection.take_line() == b'NEXT\r\n'
+        else:
+            echo(connection)
+
+    def echo_once(connection):
+        request = connection.take_message()
+        connection.answer({'id': request['id'], 'error': None, 'result': request['params'][0]})
+
+    with FakeTentacle(keys['agent'], serve) as fake:
+        with tentacle.TentacleClient(fake.endpoint, keys['server']) as client:
+            assert client.call('s', 'm', 'a') == 'a'
+            assert client.call('s', 'm', 'b') == 'b'
+        assert fake.connections == 2
+
+
+def test_a_request_that_may_have_run_is_never_sent_twice(keys):
+    requests = []
+
+    def serve(connection, number):
+        requests.append(connection.take_message()['method'])
+
+    with FakeTentacle(keys['agent'], serve) as fake:
+        with tentacle.TentacleClient(fake.endpoint, keys['server']) as client:
+            with pytest.raises(tentacle.ConnectionLost, match='instead of answering'):
+                client.call('s', 'm')
+    assert requests == ['m']
+
+
+def play_captured(name):
+    """The original's side of a capture: the captured answers, about the ticket and request that came."""
+    conversation = [(who, base64.b64decode(data)) for who, data in CAPTURES[name]]
+    answers = {}
+    for (_, sent), (_, expected) in zip(conversation[::2], conversation[1::2]):
+        request = tentacle.decode_bson(inflated(sent))['Message']
+        answers.setdefault(request['method'], []).append(
+            (request, tentacle.decode_bson(inflated(expected))['Message'])
+        )
+
+    def serve(connection, number):
+        while True:
+            came = connection.take_message()
+            candidates = answers[came['method']]
+            want, answer = candidates.pop(0) if len(candidates) > 1 else candidates[0]
+            assert same_shape(want, came) == []
+            answer = dict(answer, id=came['id'])
+            if answer['result'] and 'Ticket' in answer['result']:
+                (parameter,) = came['params']
+                answer['result'] = dict(
+                    answer['result'], Ticket=parameter.get('ScriptTicket', parameter.get('Ticket'))
+                )
+            connection.sock.sendall(deflated(tentacle.encode_bson({'Message': wire_types(answer)})))
+            if not connection.proceed():
+                return
+
+    return serve
+
+
+def wire_types(answer):
+    """64 bits again for what lost them in decoding."""
+    if answer['result'] and 'NextLogSequence' in answer['result']:
+        answer['result'] = dict(
+            answer['result'], NextLogSequence=Int64(answer['result']['NextLogSequence'])
+        )
+    return answer
+
+
+@pytest.mark.parametrize(
+    'name, code, out, err',
+    [
+        (
+            'listening-script-v2-exit7',
+            7,
+            'line one\nline two\nline three ✓ ünïcode\n',
+            'to stderr\n',
+        ),
+        ('listening-script-v2-long', 0, 'begin\nend\n', ''),
+    ],
+)
+def test_exec_drives_the_original(tmp_path, keys, name, code, out, err):
+    home = tmp_path / 'home'
+    with FakeTentacle(keys['agent'], play_captured(name)) as fake:
+        target = '127.0.0.1:%d' % fake.port
+        tentacle.Targets(str(home)).pin(target, fake.endpoint)
+        cli('show-thumbprint', home=home)
+        assert cli('exec', target, '--', 'echo x', home=home) == (code, out, err)
+
+
+def test_a_tentacle_without_the_newer_service_is_driven_by_the_older(keys, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        tentacle,
+        'tentacle_services',
+        lambda home, scripts, limits: tentacle.ServiceRegistry(
+            {'IScriptService': tentacle.ScriptService(scripts)}
+        ),
+    )
+    lines = []
+    with listening(tmp_path, keys['agent'], [keys['server'].thumbprint]) as agent:
+        endpoint = tentacle.ServiceEndPoint(
+            'https://127.0.0.1:%d/' % agent.port, keys['agent'].thumbprint
+        )
+        with tentacle.TentacleClient(endpoint, keys['server']) as client:
+            assert client.capabilities() == ['IScriptService', 'IFileTransferService']
+            assert client.run_script('echo hi; exit 6', lines.append) == 6
+    assert [line.text for line in lines if not line.remark] == ['hi']
+    assert os.listdir(str(tmp_path / 'Work')) == []
+
+
+def test_run_as_a_module(shared_agent, tmp_path, keys):
+    home = str(tmp_path / 'home')
+    tentacle.import_identity(keys['server'].path, os.path.join(home, 'tentacle.pem'))
+    result = tentacle.run(
+        '127.0.0.1:%d' % shared_agent.port,
+        'echo hi; echo ho >&2; exit 9',
+        thumbprint=shared_agent.identity.thumbprint.lower(),
+        home=home,
+    )
+    assert (result.exit_code, result.stdout, result.stderr) == (9, 'hi\n', 'ho\n')
+
+
+def test_an_exception_while_it_runs_cancels_the_script_there(client, shared_agent):
+    work = os.path.join(shared_agent.home, 'Work')
+
+    def fail(line):
+        if line.text == 'started':
+            raise ZeroDivisionError
+
+    with pytest.raises(ZeroDivisionError):
+        client.run_script('echo started; sleep 100', fail)
+    assert os.listdir(work) == []
+
+
+@pytest.fixture
+def dispatcher(shared_agent, tmp_path, keys):
+    """(home, target) of a dispatcher that knows the shared agent."""
+    home = str(tmp_path / 'dispatcher')
+    os.makedirs(home, 0o700)
+    shutil.copy(keys['server'].path, os.path.join(home, 'tentacle.pem'))
+    target = '127.0.0.1:%d' % shared_agent.port
+    tentacle.Targets(home).pin(target, shared_agent.endpoint)
+    return home, target
+
+
+@pytest.mark.parametrize(
+    'words, out',
+    [
+        (['echo one; echo two | cat'], 'one\ntwo\n'),
+        (['echo', 'a  b', '$HOME', ';', "it's"], "a  b $HOME ; it's\n"),
+    ],
+)
+def test_exec_of_a_command(dispatcher, words, out):
+    home, target = dispatcher
+    assert cli('exec', target, '--', *words, home=home) == (0, out, '')
+
+
+def test_exec_of_a_file_and_of_standard_input(dispatcher, tmp_path):
+    home, target = dispatcher
+    (tmp_path / 'script').write_bytes('\ufeffecho ✓\r\nexit 3\r\n'.encode())
+    assert cli('exec', target, '--script', str(tmp_path / 'script'), home=home) == (3, '✓\n', '')
+    assert cli('exec', target, '--script', '-', home=home, stdin=b'echo in; exit 300') == (
+        44,
+        'in\n',
+        '',
+    )
+
+
+def test_remarks_are_shown_on_request_alone(dispatcher):
+    home, target = dispatcher
+    code, out, err = cli('exec', target, '-v', '--', 'echo x', home=home)
+    assert (code, out) == (0, 'x\n')
+    assert 'Acquiring isolation mutex' in err and 'exited with code 0' in err
+
+
+def test_output_comes_as_it_is_written(dispatcher, tmp_path):
+    home, target = dispatcher
+    gate = tmp_path / 'gate'
+    process = subprocess.Popen(
+        [
+            sys.executable,
+            PROGRAM,
+            'exec',
+            '--home',
+            home,
+            target,
+            '--',
+            'echo first; cat < %s' % shlex.quote(str(gate)),
+        ],
+        stdout=subprocess.PIPE,
+    )
+    os.mkfifo(str(gate))
+    # The script may look for the gate before it is there: it then fails, and says nothing more.
+    assert process.stdout.readline() == b'first\n'
+    with contextlib.suppress(OSError):
+        with open(os.open(str(gate), os.O_WRONLY | os.O_NONBLOCK), 'w') as file:
+            file.write('second\n')
+    rest = process.stdout.read()
+    process.stdout.close()
+    assert (process.wait(), rest) in [(0, b'second\n'), (1, b'')]
+
+
+@pytest.mark.parametrize('number', [signal.SIGINT, signal.SIGTERM])
+def test_ctrl_c_cancels_the_script_there(dispatcher, shared_agent, number):
+    home, target = dispatcher
+    process = subprocess.Popen(
+        [sys.executable, PROGRAM, 'exec', '--home', home, target, '--', 'echo $$; sleep 100'],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+    )
+    pid = int(process.stdout.readline())
+    process.send_signal(number)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130
+    assert b'Traceback' not in err
+    assert not os.path.exists('/proc/%d' % pid)
+    assert os.listdir(os.path.join(shared_agent.home, 'Work')) == []
+
+
+def test_a_reader_that_leaves_cancels_the_script(dispatcher, shared_agent):
+    home, target = dispatcher
+    command = '%s %s exec --home %s %s -- "while :; do echo y; sleep 0.01; done" | head -1' % (
+        sys.executable,
+        PROGRAM,
+        shlex.quote(home),
+        target,
+    )
+    done = subprocess.run(
+        ['bash', '-c', command], stdout=subprocess.PIPE, stderr=subprocess.PIPE, timeout=30
+    )
+    assert (done.stdout, done.stderr) == (b'y\n', b'')
+    assert os.listdir(os.path.join(shared_agent.home, 'Work')) == []
+
+
+# ---- 18. Configuration ---------------------------------------------------------------------------
+
+ORIGINALS_SETTINGS = '''\ufeff<?xml version="1.0" encoding="utf-8"?>
+<octopus-settings xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xmlns:xsd="http://www.w3.org/2001/XMLSchema">
+  <set key="Octopus.Home">/srv/tentacle-a/home</set>
+  <set key="Octopus.Server.Proxy.ProxyHost">proxy.example</set>
+  <set key="Someone.Else">a &lt;b&gt; &amp; "c" ✓</set>
+  <set key="Tentacle.CertificateThumbprint">6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3</set>
+  <set key="Tentacle.Communication.TrustedOctopusServers">[{"Thumbprint":"6B674AA1DA6D1D7D7AA4D3241534DC01448A6E74","CommunicationStyle":1,"Address":null,"Squid":null,"SubscriptionId":null}]</set>
+  <set key="Tentacle.Deployment.ApplicationDirectory">/srv/tentacle-a/app</set>
+  <set key="Tentacle.Services.NoListen">false</set>
+  <set key="Tentacle.Services.PortNumber">10934</set>
+</octopus-settings>'''
+
+
+def settings_file(home, text):
+    path = os.path.join(str(home), 'tentacle-default.config')
+    os.makedirs(str(home), exist_ok=True)
+    with open(path, 'wb') as file:
+        file.write(text.encode())
+    return path
+
+
+def test_settings_of_the_original_are_read(tmp_path):
+    settings = tentacle.read_settings(settings_file(tmp_path, ORIGINALS_SETTINGS))
+    assert settings.home == '/srv/tentacle-a/home'
+    assert settings.port == 10934
+    assert settings.trusted == ('6B674AA1DA6D1D7D7AA4D3241534DC01448A6E74',)
+    assert settings.applications == '/srv/tentacle-a/app'
+
+
+def test_a_change_keeps_what_it_does_not_know(tmp_path):
+    path = settings_file(tmp_path, ORIGINALS_SETTINGS)
+    before = tentacle.read_settings_file(path)
+    tentacle.change_trust(
+        path,
+        add=[SHA1_TEXT.lower()],
+        remove=['6B:67:4A:A1:DA:6D:1D:7D:7A:A4:D3:24:15:34:DC:01:44:8A:6E:74'],
+    )
+    after = tentacle.read_settings_file(path)
+    assert json.loads(after.pop(tentacle.KEY_TRUSTED)) == [
+        {
+            'Thumbprint': SHA1_TEXT,
+            'CommunicationStyle': 1,
+            'Address': None,
+            'Squid': None,
+            'SubscriptionId': None,
+        }
+    ]
+    del before[tentacle.KEY_TRUSTED]
+    assert after == before
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    # and the original's reader would find its layout
+    assert open_bytes(path).startswith(
+        b'<?xml version="1.0" encoding="utf-8"?>\n<octopus-settings xmlns:xsi='
+    )
+
+
+def test_configure_resets_then_removes_then_adds(tmp_path):
+    one, two, three = 'A' * 40, 'B' * 40, 'C' * 64
+    assert cli('configure', '--trust', one, '--trust', two, '--trust', two, home=tmp_path)[
+        1
+    ] == 'Trusted to call this host: %s, %s\n' % (one, two)
+    assert cli('configure', '--remove-trust', one, '--trust', three, home=tmp_path)[
+        1
+    ] == 'Trusted to call this host: %s, %s\n' % (two, three)
+    assert (
+        cli('configure', '--reset-trust', '--trust', one, home=tmp_path)[1]
+        == 'Trusted to call this host: %s\n' % one
+    )
+    assert (
+        cli('configure', '--reset-trust', home=tmp_path)[1] == 'Trusted to call this host: nobody\n'
+    )
+
+
+def test_changes_at_the_same_time_all_count(tmp_path):
+    path = str(tmp_path / 'tentacle-default.config')
+    thumbprints = ['%040X' % i for i in range(20)]
+    threads = [
+        threading.Thread(target=tentacle.change_trust, args=(path, [thumbprint]))
+        for thumbprint in thumbprints
+    ]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert sorted(tentacle.read_settings(path).trusted) == thumbprints
+
+
+@pytest.mark.parametrize(
+    'arguments, environment, expected',
+    [
+        (['--home', '{tmp}/a'], {'TENTACLE_HOME': '{tmp}/b'}, '{tmp}/a/tentacle-default.config'),
+        ([], {'TENTACLE_HOME': '{tmp}/b'}, '{tmp}/b/tentacle-default.config'),
+        ([], {}, '{tmp}/elsewhere/t.config'),
+    ],
+)
+def test_where_the_home_is(tmp_path, monkeypatch, arguments, environment, expected):
+    instances = tmp_path / 'machine' / 'Tentacle' / 'Instances'
+    instances.mkdir(parents=True)
+    record = {'Name': 'Tentacle', 'ConfigurationFilePath': str(tmp_path / 'elsewhere' / 't.config')}
+    (instances / 'tentacle.config').write_text(json.dumps(record))
+    monkeypatch.setenv('TentacleMachineConfigurationHomeDirectory', str(tmp_path / 'machine'))
+    monkeypatch.delenv('TENTACLE_HOME', raising=False)
+    for name, value in environment.items():
+        monkeypatch.setenv(name, value.format(tmp=tmp_path))
+    home = arguments[1].format(tmp=tmp_path) if arguments else None
+    assert tentacle.find_settings(home) == expected.format(tmp=tmp_path)
+
+
+def test_a_missing_certificate_is_made_once(tmp_path):
+    first = cli('show-thumbprint', home=tmp_path / 'home')
+    assert re.match(r'[0-9A-F]{40}\Z', first[1])
+    assert cli('show-thumbprint', home=tmp_path / 'home')[1:] == (first[1], '')
+    assert (
+        cli('new-certificate', '--if-blank', home=tmp_path / 'home')[1]
+        == 'A certificate is there already, its thumbprint is %s\n' % first[1]
+    )
+    made = cli('new-certificate', home=tmp_path / 'home')[1]
+    assert made != first[1] and cli('show-thumbprint', home=tmp_path / 'home')[1] in made
+    values = tentacle.read_settings_file(str(tmp_path / 'home' / 'tentacle-default.config'))
+    assert values['Tentacle.CertificateThumbprint'] in made
+    assert values['TentaclePy.CertificateFile'] == 'tentacle.pem'
+    assert values['Octopus.Home'] == str(tmp_path / 'home')
+
+
+TARGETS = '''# by hand
+[web-1]
+uri = https://web-1:10933/
+thumbprint = %s
+
+; another
+[db]
+thumbprint = %s
+uri = db:1
+''' % ('A' * 40, 'B' * 40)
+
+
+def test_targets_by_name_and_by_address(tmp_path):
+    (tmp_path / 'targets').write_text(TARGETS)
+    targets = tentacle.Targets(str(tmp_path))
+    for name in ('web-1', 'https://web-1/', 'WEB-1:10933'):
+        assert targets.find(name) == tentacle.ServiceEndPoint('https://web-1:10933/', 'A' * 40)
+    assert (
+        targets.find('db')
+        == targets.find('db:1')
+        == tentacle.ServiceEndPoint('https://db:1/', 'B' * 40)
+    )
+    assert targets.find('other').thumbprint is None
+
+
+def test_pinning_keeps_the_rest_of_the_file(tmp_path):
+    (tmp_path / 'targets').write_text(TARGETS)
+    tentacle.Targets(str(tmp_path)).pin(
+        'web-1', tentacle.ServiceEndPoint('https://web-1:10933/', 'C' * 40)
+    )
+    tentacle.Targets(str(tmp_path)).pin(
+        'new', tentacle.ServiceEndPoint('https://new:10933/', 'D' * 40)
+    )
+    tentacle.Targets(str(tmp_path)).pin(
+        '[::1]:5', tentacle.ServiceEndPoint('https://[::1]:5/', 'E' * 40)
+    )
+    text = (tmp_path / 'targets').read_text()
+    assert text.startswith(TARGETS.replace('A' * 40, 'C' * 40))
+    targets = tentacle.Targets(str(tmp_path))
+    assert [targets.find(name).thumbprint[0] for name in ('web-1', 'db', 'new', '[::1]:5')] == list(
+        'CBDE'
+    )
+
+
+# ---- 19. Command line ----------------------------------------------------------------------------
+
+
+def test_trust_shows_asks_and_keeps(shared_agent, tmp_path):
+    home, target = tmp_path / 'home', 'localhost:%d' % shared_agent.port
+    thumbprint = shared_agent.identity.thumbprint
+    code, out, err = cli('exec', target, '--', 'true', home=home)
+    assert (
+        code == 1
+        and 'tentacle.py trust --home %s %s' % (home, target) in err
+        and err.count('\n') == 1
+    )
+    code, out, err = cli('trust', target, home=home, stdin=b'n\n')
+    assert code == 1 and thumbprint in out and not (home / 'targets').exists()
+    code, out, err = cli('trust', target, home=home, stdin=b'y\n')
+    assert code == 0 and stat.S_IMODE((home / 'targets').stat().st_mode) == 0o600
+    assert 'already' in cli('trust', target, home=home)[1]
+
+
+def test_a_changed_thumbprint_is_refused_loudly(shared_agent, tmp_path):
+    home, target = tmp_path / 'home', 'localhost:%d' % shared_agent.port
+    tentacle.Targets(str(home)).pin(
+        target, tentacle.ServiceEndPoint('https://%s/' % target, SHA1_TEXT)
+    )
+    cli('show-thumbprint', home=home)
+    code, out, err = cli('exec', target, '--', 'true', home=home)
+    assert (code, out, err.count('\n')) == (1, '', 1)
+    assert (
+        'IS NOT THE PINNED ONE' in err
+        and SHA1_TEXT in err
+        and shared_agent.identity.thumbprint in err
+    )
+    code, out, err = cli('trust', target, home=home, stdin=b'')
+    assert code == 1 and 'IT HAS CHANGED' in err
+    assert cli('trust', '--yes', target, home=home)[0] == 0
+    assert tentacle.Targets(str(home)).find(target).thumbprint == shared_agent.identity.thumbprint
+
+
+def test_a_tentacle_that_does_not_trust_us(shared_agent, tmp_path):
+    home, target = tmp_path / 'home', 'localhost:%d' % shared_agent.port
+    assert cli('trust', '--yes', target, home=home)[0] == 0
+    code, out, err = cli('exec', target, '--', 'true', home=home)
+    ours = cli('show-thumbprint', home=home)[1]
+    assert (code, out, err.count('\n')) == (1, '', 1)
+    assert 'configure --trust ' + ours in err
+
+
+@pytest.mark.parametrize(
+    'arguments, code, words',
+    [
+        ([], 2, ''),
+        (['frob'], 2, 'frob is no command'),
+        (['listen', '--port', 'x'], 2, 'is not a port'),
+        (['listen', '--port', '70000'], 2, 'is not a port'),
+        (['listen', '--trust', 'abc'], 2, 'is not a thumbprint'),
+        (['configure', '--trust', 'abc'], 2, 'is not a thumbprint'),
+        (['configure'], 2, 'nothing to change'),
+        (['trust', 'a b'], 2, 'is not a target'),
+        (['exec', 'host'], 2, '--script FILE'),
+        (['exec', 'host', '--script', '/no/such/script'], 2, 'can not be read'),
+        (['exec', 'poll://x/', '--', 'true'], 2, 'polling'),
+        (['exec', 'host.invalid', '--', 'true'], 1, 'trust --home'),
+        (['trust', 'host.invalid'], 1, 'does not resolve'),
+        (['trust', 'localhost:1'], 1, 'refuses connections'),
+    ],
+)
+def test_bad_command_lines(tmp_path, arguments, code, words):
+    got, out, err = cli(*arguments, home=tmp_path / 'home') if arguments else cli()
+    assert got == code
+    assert words in err and 'Traceback' not in err
+    assert (
+        len(
+            [
+                line
+                for line in err.splitlines()
+                if 'INFO' not in line and not line.startswith('usage')
+            ]
+        )
+        <= 1
+    )
+
+
+def test_scripts_that_can_not_be_sent(tmp_path):
+    (tmp_path / 'empty').write_bytes(b' \n')
+    (tmp_path / 'latin').write_bytes(b'echo \xe4\n')
+    for name, words in (('empty', 'is empty'), ('latin', 'is not UTF-8 (byte 5)')):
+        code, _, err = cli('exec', 'host', '--script', str(tmp_path / name), home=tmp_path / 'home')
+        assert code == 2 and words in err and err.count('\n') == 1
+    assert not (tmp_path / 'home').exists()
+
+
+def test_a_port_in_use(shared_agent, tmp_path):
+    cli('show-thumbprint', home=tmp_path / 'home')
+    code, out, err = cli('listen', '--port', str(shared_agent.port), home=tmp_path / 'home')
+    assert (code, err.count('\n')) == (1, 1) and 'Port %d is in use' % shared_agent.port in err
+    assert 'Listener started' not in out
+
+
+@pytest.mark.skipif(os.geteuid() == 0, reason='root may write everywhere')
+def test_a_home_that_can_not_be_written_by_a_user(tmp_path):
+    (tmp_path / 'closed').mkdir(mode=0o500)
+    for arguments in (
+        ['show-thumbprint'],
+        ['listen', '--port', '0'],
+        ['configure', '--trust', SHA1_TEXT],
+    ):
+        code, out, err = cli(*arguments, home=tmp_path / 'closed' / 'home')
+        assert code == 1 and '--home DIR' in err.splitlines()[-1] and 'Traceback' not in err
+
+
+def test_a_home_that_can_not_be(tmp_path):
+    (tmp_path / 'file').write_text('')
+    for arguments in (
+        ['show-thumbprint'],
+        ['listen', '--port', '0'],
+        ['configure', '--trust', SHA1_TEXT],
+    ):
+        code, out, err = cli(*arguments, home=tmp_path / 'file' / 'home')
+        assert code == 1 and 'home' in err.splitlines()[-1] and 'Traceback' not in err
+
+
+def test_a_key_that_others_may_read_is_warned_of(tmp_path):
+    cli('show-thumbprint', home=tmp_path)
+    os.chmod(str(tmp_path / 'tentacle.pem'), 0o644)
+    code, out, err = cli('show-thumbprint', home=tmp_path)
+    assert (
+        code == 0
+        and len(out) == 40
+        and 'WARNING' in err
+        and 'chmod 600' in err
+        and err.count('\n') == 1
+    )
+
+
+@pytest.mark.parametrize(
+    'name, content, words',
+    [
+        ('tentacle.pem', 'rubbish', 'can not be used'),
+        (
+            'tentacle.pem',
+            '-----BEGIN CERTIFICATE-----\nrubbish\n-----END CERTIFICATE-----\n',
+            'can not be used',
+        ),
+        ('tentacle-default.config', '<octopus-settings><set key=', 'are damaged'),
+        ('tentacle-default.config', '', 'are damaged'),
+        ('tentacle-default.config', '<other/>', 'is no settings file'),
+        (
+            'tentacle-default.config',
+            '<octopus-settings><set key="Tentacle.Communication.TrustedOctopusServers">[{</set>'
+            '</octopus-settings>',
+            'is damaged',
+        ),
+        (
+            'tentacle-default.config',
+            '<octopus-settings><set key="Tentacle.Services.PortNumber">x</set></octopus-settings>',
+            'must be a port',
+        ),
+    ],
+)
+def test_damaged_files_are_named_and_left(tmp_path, name, content, words):
+    (tmp_path / name).write_text(content)
+    for arguments in (['show-thumbprint'], ['listen', '--port', '0']):
+        code, out, err = cli(*arguments, home=tmp_path)
+        assert (code, err.count('\n')) == (1, 1) and words in err and name in err
+    assert (tmp_path / name).read_text() == content
+
+
+def test_a_damaged_targets_file(tmp_path):
+    (tmp_path / 'targets').write_text('uri = x\n')
+    code, _, err = cli('exec', 'host', '--', 'true', home=tmp_path)
+    assert (code, err.count('\n')) == (1, 1) and 'targets' in err and 'line' in err
+
+
+def answering(serve):
+    """(port, thread) of a TCP server that treats one connection."""
+    server = socket.create_server(('127.0.0.1', 0))
+
+    def run():
+        with server:
+            sock, _ = server.accept()
+            with sock, contextlib.suppress(OSError):
+                serve(sock)
+
+    thread = threading.Thread(target=run)
+    thread.start()
+    return server.getsockname()[1], thread
+
+
+def test_a_target_that_is_not_tls(tmp_path):
+    cli('show-thumbprint', home=tmp_path)
+    port, thread = answering(lambda sock: sock.sendall(b'SSH-2.0-OpenSSH_9\r\n') or sock.recv(1000))
+    code, _, err = cli('trust', 'localhost:%d' % port, home=tmp_path)
+    thread.join()
+    assert (code, err.count('\n')) == (1, 1) and 'does not speak the TLS we need' in err
+
+
+def test_a_target_that_is_tls_but_no_tentacle(tmp_path, keys):
+    home = tmp_path / 'home'
+    cli('show-thumbprint', home=home)
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(keys['other'].path)
+
+    def web_server(sock):
+        with context.wrap_socket(sock, server_side=True) as secure:
+            came = b''
+            while b'CLIENT' not in came:
+                came += secure.recv(1000)
+            secure.sendall(b'HTTP/1.1 400 Bad Request\r\nServer: nginx\r\n\r\n')
+
+    port, thread = answering(web_server)
+    target = 'localhost:%d' % port
+    tentacle.Targets(str(home)).pin(
+        target, tentacle.ServiceEndPoint('https://%s/' % target, keys['other'].thumbprint)
+    )
+    code, _, err = cli('exec', target, '--', 'true', home=home)
+    thread.join()
+    assert (code, err.count('\n')) == (1, 1) and 'does not speak Halibut' in err
+
+
+def test_help_of_every_verb_has_an_example():
+    overview = cli('--help')[1]
+    for name in tentacle.COMMANDS:
+        assert '\n  %s ' % name in overview
+        code, out, _ = cli(name, '--help')
+        assert code == 0 and 'example:\n  tentacle.py %s' % name in out
+
+
+def test_demo():
+    code, out, err = cli('demo')
+    assert code == 0 and 'Hello from' in out and 'exit code 7' in out and 'Done' in out
