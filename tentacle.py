@@ -2450,7 +2450,9 @@ class Workspace:
         # A wait for the mutex goes on after a restart, with the time that is left.
         state['mutex_deadline'] = time.time() + spec.mutex_timeout if spec.mutex_timeout else None
         state['created'] = time.time()
-        write_private(self.inner('state.json'), json.dumps(state).encode())
+        with open(self.inner('state.new'), 'w', encoding='utf-8') as file:
+            json.dump(state, file)
+        os.rename(self.inner('state.new'), self.inner('state.json'))
 
     def _write_file(self, file: ScriptFile) -> None:
         """Put a file beside the script. Raises ServiceError for a name that leads elsewhere."""
@@ -2472,14 +2474,14 @@ class Workspace:
     def result(self) -> Optional[int]:
         """The exit code, or None while there is none."""
         try:
-            with open(self.inner('result'), encoding='ascii') as file:
+            with open(self.inner('result'), encoding='utf-8') as file:
                 return int(file.read())
         except (OSError, ValueError):
             return None
 
     def write_result_space(self) -> None:
         """Take the disk space of a result ahead of time, so that a full disk can not hide it."""
-        with open(self.inner('result.new'), 'w', encoding='ascii') as file:
+        with open(self.inner('result.new'), 'w', encoding='utf-8') as file:
             file.write(' ' * 20)
 
     def write_result(self, exit_code: int) -> None:
@@ -2712,14 +2714,17 @@ def find_shell() -> str:
 # -- the supervisor, a process of its own for each script
 
 
-def become_subreaper() -> None:
-    """Have orphaned descendants given to us, whatever session they made (Linux, prctl(2))."""
+def find_prctl() -> Callable[..., Any]:
+    """prctl(2) of Linux, or something that does nothing; loaded once, ahead of the supervisors."""
     try:
         import ctypes
 
-        ctypes.CDLL(None).prctl(36, 1, 0, 0, 0)  # PR_SET_CHILD_SUBREAPER
+        return ctypes.CDLL(None).prctl
     except (ImportError, OSError, AttributeError):
-        pass  # then the process group must do
+        return lambda *arguments: None
+
+
+PR_SET_CHILD_SUBREAPER = 36
 
 
 def descendants(root: int) -> List[int]:
@@ -2796,77 +2801,73 @@ class _Supervisor:
 
     _LAST_RESORT = 5.0  # seconds after SIGKILL: who is stuck in the kernel then is given up
 
-    def __init__(self, request: Dict[str, Any]):
-        self._workspace = Workspace(request['work'], request['ticket'])
-        self._command: List[str] = request['command']
-        self._environment: Dict[str, str] = request['environment']
-        self._grace: float = request['grace']
-        self._line_limit: int = request['line_limit']
-        self._log = LogWriter(self._workspace.log_path)
+    def __init__(self, prctl: Callable[..., Any]):
+        """What can be done before the request is known; nothing that it would cost time later."""
+        os.setsid()
+        prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # descendants of any session come back to us
         self._selector = selectors.DefaultSelector()
-        self._process: Any = None  # subprocess.Popen; reaped at the very end
-        self._exit_code: Optional[int] = None
-        self._cancelled_at: Optional[float] = None
-        self._killed = False
-
-    def run(self) -> None:
-        workspace = self._workspace
-        workspace.write_result_space()
-        control = os.open(workspace.inner('control'), os.O_RDWR | os.O_NONBLOCK)
-        self._selector.register(control, selectors.EVENT_READ, self._on_control)
-        become_subreaper()
-        if not workspace.mark('started'):
-            return  # somebody has been here: never a second time
-        if workspace.has('cancel'):
-            exit_code = CANCELED_EXIT_CODE
-        else:
-            exit_code = self._run_script()
-        self._log.append(
-            DEBUG,
-            [
-                'Process %s in %s exited with code %d'
-                % (self._command[0], workspace.path, exit_code)
-            ],
-        )
-        workspace.write_result(exit_code)
-
-    def _run_script(self) -> int:
-        import subprocess
-
         reader, writer = os.pipe()
         for end in (reader, writer):
             os.set_blocking(end, False)
         signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         self._selector.register(reader, selectors.EVENT_READ, self._on_child)
+        self._process: Any = None  # subprocess.Popen; reaped at the very end
+        self._exit_code: Optional[int] = None
+        self._cancelled_at: Optional[float] = None
+        self._killed = False
+        self._grace = 0.0
+
+    def run(self, request: Dict[str, Any], lock: int) -> None:
+        """See the script of a request through; `lock` is let go when its result is there."""
+        workspace = Workspace(request['work'], request['ticket'])
+        log = LogWriter(workspace.log_path)
+        self._grace = request['grace']
+        workspace.write_result_space()
+        control = os.open(workspace.inner('control'), os.O_RDWR | os.O_NONBLOCK)
+        self._selector.register(control, selectors.EVENT_READ, self._on_control)
+        if not workspace.mark('started'):
+            return  # somebody has been here: never a second time
+        if workspace.has('cancel'):
+            exit_code = CANCELED_EXIT_CODE
+        else:
+            exit_code = self._run_script(request, workspace, log)
+        text = 'Process %s in %s exited with code %d'
+        log.append(DEBUG, [text % (request['command'][0], workspace.path, exit_code)])
+        workspace.write_result(exit_code)
+        os.close(lock)
+
+    def _run_script(self, request: Dict[str, Any], workspace: Workspace, log: LogWriter) -> int:
+        import subprocess
+
         try:
-            self._process = subprocess.Popen(
-                self._command,
-                cwd=self._workspace.path,
-                env=self._environment,
+            process = self._process = subprocess.Popen(
+                request['command'],
+                cwd=workspace.path,
+                env=request['environment'],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.PIPE,
                 stderr=subprocess.PIPE,
                 start_new_session=True,
             )
         except (OSError, ValueError) as error:
-            self._log.append(STDERR, ['The script could not be run: %s' % error])
+            log.append(STDERR, ['The script could not be run: %s' % error])
             return FATAL_EXIT_CODE
         pumps = [
-            _Pump(self._process.stdout, STDOUT, self._log, self._line_limit),
-            _Pump(self._process.stderr, STDERR, self._log, self._line_limit),
+            _Pump(process.stdout, STDOUT, log, request['line_limit']),
+            _Pump(process.stderr, STDERR, log, request['line_limit']),
         ]
         for pump in pumps:
             self._selector.register(pump.pipe, selectors.EVENT_READ, pump)
         self._follow()
         open_pumps = [pump for pump in pumps if not pump.finish()]
         if self._exit_code is not None:
-            self._process.wait()
+            process.wait()
         if open_pumps and self._cancelled_at is None:
             text = (
                 'The script has left processes behind that hold its output; what they write from '
             )
-            self._log.append(STDERR, [text + 'now on is not shown'])
+            log.append(STDERR, [text + 'now on is not shown'])
         return CANCELED_EXIT_CODE if self._cancelled_at is not None else self._exit_code or 0
 
     def _follow(self) -> None:
@@ -2952,11 +2953,11 @@ def _receive_request(channel: socket.socket) -> Tuple[bytes, List[int]]:
     return b''.join(parts), list(descriptors)
 
 
-def _be_supervisor(line: bytes) -> None:
+def _be_supervisor(line: bytes, prctl: Callable[..., Any]) -> None:
     """What the forked process does; it never returns. The inherited lock is let go by its end."""
     try:
         os.setsid()
-        _Supervisor(json.loads(line.decode())).run()
+        _Supervisor(json.loads(line.decode()), prctl).run()
     except BaseException as error:
         sys.stderr.write('A supervisor failed: %s: %s\n' % (type(error).__name__, error))
         sys.stderr.flush()
@@ -2965,10 +2966,10 @@ def _be_supervisor(line: bytes) -> None:
 
 
 def run_launcher(channel: socket.socket) -> None:
-    """The launcher's life: for each request (a line of JSON, with the workspace's lock as a
-    descriptor) fork a supervisor, and answer with a line; until the agent is gone.
+    """The launcher's life: keep a supervisor in waiting, and answer with a line when it has taken a
+    request (a line of JSON, with the workspace's lock as a descriptor); until the agent is gone.
 
-    It is single-threaded, so that forking is sound, and its interpreter is there already.
+    It is single-threaded, so that forking is sound, and forks ahead, so that nobody waits for it.
     """
     import gc
     import subprocess  # noqa: F401 - loaded here once, for all supervisors
@@ -2977,19 +2978,37 @@ def run_launcher(channel: socket.socket) -> None:
         signal.signal(number, signal.SIG_DFL)  # nohup and cron ignore some: scripts shall not
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors that end need no reaping
+    prctl = find_prctl()
     gc.collect()
     gc.freeze()  # the supervisors share these pages as long as nobody writes to them
     while True:
+        reader, writer = os.pipe()
+        if os.fork() == 0:
+            os.close(reader)
+            _be_supervisor(channel, writer, prctl)
+        os.close(writer)
+        taken = os.read(reader, 1)
+        os.close(reader)
+        if not taken:
+            return  # the agent is gone; or the supervisor, and the agent must know what it had
+        channel.sendall(b'taken\n')
+
+
+def _be_supervisor(channel: socket.socket, note: int, prctl: Callable[..., Any]) -> None:
+    """The forked process: wait for a request, say so through `note`, and serve it; never returns."""
+    try:
+        supervisor = _Supervisor(prctl)
         line, descriptors = _receive_request(channel)
-        if not line:
-            return
-        pid = os.fork()
-        if pid == 0:
+        if line:
+            os.write(note, b't')
+            os.close(note)
             channel.close()
-            _be_supervisor(line)
-        for descriptor in descriptors:
-            os.close(descriptor)
-        channel.sendall(b'forked\n')
+            supervisor.run(json.loads(line.decode()), descriptors[0])
+    except BaseException as error:
+        sys.stderr.write('A supervisor failed: %s: %s\n' % (type(error).__name__, error))
+        sys.stderr.flush()
+    finally:
+        os._exit(0)
 
 
 class Launcher:
@@ -3003,10 +3022,10 @@ class Launcher:
         self._channel: Optional[socket.socket] = None
 
     def launch(self, workspace: Workspace, request: Dict[str, Any], lock: int) -> None:
-        """Have a supervisor forked that holds the workspace's lock. Raises OSError.
+        """Have a supervisor take a request and the workspace's lock. Raises OSError.
 
         Our own hold on it, `lock`, is let go. When the launcher died and nobody can know whether
-        it had forked, the lock and the mark `started` tell.
+        one had taken it, the lock and the mark `started` tell.
         """
         line = json.dumps(request).encode() + b'\n'
         for _ in range(3):
@@ -3022,7 +3041,7 @@ class Launcher:
             if again is None or workspace.has('started'):
                 if again is not None:
                     os.close(again)
-                return  # it had forked
+                return  # one had
             lock = again
         os.close(lock)
         raise OSError(errno.ECHILD, 'no launcher can be started')
@@ -3037,7 +3056,7 @@ class Launcher:
                 [line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array('i', [lock]).tobytes())]
             )
             channel.sendall(line[sent:])
-            if channel.recv(100) != b'forked\n':
+            if channel.recv(100) != b'taken\n':
                 raise ConnectionResetError(errno.ECONNRESET, 'it left without an answer')
         except OSError:
             self._discard()
@@ -3221,8 +3240,8 @@ class RunningScript:
             writer.close()
 
     def start_timer(self, deadline: Optional[float]) -> None:
-        """Have the wait for the mutex end at a moment of `time.time`; None = never."""
-        if deadline is not None:
+        """Have a wait for the mutex end at a moment of `time.time`; None = never."""
+        if deadline is not None and self.is_pending:
             timer = threading.Timer(max(deadline - time.time(), 0), self._time_out)
             timer.name, timer.daemon = 'mutex ' + self.spec.ticket, True
             with self._lock:
@@ -3394,8 +3413,8 @@ class ScriptRunner:
         finally:
             script.prepared.set()
         logger.info('Script %s of %s starts', spec.ticket, printable(spec.task_id))
-        script.start_timer(time.time() + spec.mutex_timeout if spec.mutex_timeout else None)
         self.mutex.enter(script)
+        script.start_timer(time.time() + spec.mutex_timeout if spec.mutex_timeout else None)
         return script
 
     def find(self, ticket: str) -> Optional[RunningScript]:
@@ -3449,8 +3468,8 @@ class ScriptRunner:
                 if script is not None:
                     waiting.append(script)
         for _, script, deadline in sorted(waiting, key=lambda entry: entry[0]):
-            script.start_timer(deadline)
             self.mutex.enter(script)
+            script.start_timer(deadline)
 
     def _attach_one(
         self, workspace: Workspace
@@ -3868,7 +3887,7 @@ class SecureListener(socketserver.TCPServer):
         return _host_and_port(self.server_address)
 
     def serve_forever(self, poll_interval: Optional[float] = None) -> None:
-        """Accept until `stop`, asleep while nothing comes (the inherited one wakes all the time)."""
+        """Accept until `stop`, asleep while nothing comes (the inherited one wakes up often)."""
         with selectors.DefaultSelector() as selector:
             selector.register(self.socket, selectors.EVENT_READ)
             selector.register(self._wake_ends[0], selectors.EVENT_READ)
