@@ -1099,6 +1099,12 @@ class Int64(int):
     __slots__ = ()
 
 
+class EncodedArray(bytes):
+    """An array that is BSON already: its document's bytes."""
+
+    __slots__ = ()
+
+
 class UtcDate(int):
     """Milliseconds since 1970 in UTC."""
 
@@ -1136,6 +1142,8 @@ def encode_bson(document: Dict[str, Any]) -> bytes:
             out.append(b'\x03' + name + encode_bson(value))
         elif isinstance(value, list):
             out.append(b'\x04' + name + encode_bson({str(i): item for i, item in enumerate(value)}))
+        elif isinstance(value, EncodedArray):
+            out.append(b'\x04' + name + value)
         elif isinstance(value, uuid.UUID):
             out.append(b'\x05' + name + _BINARY_HEAD.pack(16, 4) + value.bytes_le)
         elif isinstance(value, bytes):
@@ -1149,57 +1157,23 @@ def encode_bson(document: Dict[str, Any]) -> bytes:
 
 
 class _BsonReader:
-    """Reads one document, within a budget of elements and of nesting."""
+    """Reads one document, within a budget of elements and of nesting.
+
+    Values are read where they stand, and only that they end within their document is checked: what
+    lies beyond the data is an error of `struct` or of the index.
+    """
 
     def __init__(self, data: bytes, elements: int, nesting: int):
         self._data = data
         self._elements = elements
         self._nesting = nesting
 
-    def _take(self, start: int, size: int, end: int) -> bytes:
-        if size < 0 or start + size > end:
-            raise ProtocolError(
-                'BSON: a value of %d bytes runs over the end of its document' % size
-            )
-        return self._data[start : start + size]
-
-    def _value(self, kind: int, at: int, end: int, depth: int) -> Tuple[Any, int]:
-        """(value, position after it)"""
-        data = self._data
-        if kind == 2:
-            (size,) = _INT32.unpack_from(data, at)
-            text = self._take(at + 4, size, end)
-            if text[-1:] != b'\0':
-                raise ProtocolError('BSON: a string is not ended by a zero')
-            return text[:-1].decode(), at + 4 + size
-        if kind in (3, 4):
-            return self.document(at, end, depth + 1, kind == 4)
-        if kind == 10:
-            return None, at
-        if kind == 16:
-            return _INT32.unpack(self._take(at, 4, end))[0], at + 4
-        if kind == 18:
-            return _INT64.unpack(self._take(at, 8, end))[0], at + 8
-        if kind == 8:
-            return self._take(at, 1, end) != b'\0', at + 1
-        if kind == 9:
-            return UtcDate(_INT64.unpack(self._take(at, 8, end))[0]), at + 8
-        if kind == 1:
-            return _DOUBLE.unpack(self._take(at, 8, end))[0], at + 8
-        if kind == 5:
-            size, subtype = _BINARY_HEAD.unpack_from(data, at)
-            content = self._take(at + 5, size, end)
-            if subtype in _UUID_SUBTYPES and size == 16:
-                return uuid.UUID(bytes_le=content), at + 5 + size
-            return content, at + 5 + size
-        raise ProtocolError('BSON: the type %d is none that Halibut uses' % kind)
-
     def document(self, at: int, limit: int, depth: int, array: bool) -> Tuple[Any, int]:
         """(dict or list, position after it) of the document at a position, ended by `limit`."""
         if depth > self._nesting:
             raise ProtocolError('BSON: more than %d documents within each other' % self._nesting)
         data = self._data
-        (size,) = _INT32.unpack_from(data, at)
+        size = _INT32.unpack_from(data, at)[0]
         if size < 5 or at + size > limit:
             raise ProtocolError(
                 'BSON: a document says that it has %d bytes, and there are %d' % (size, limit - at)
@@ -1208,19 +1182,52 @@ class _BsonReader:
         at += 4
         keys: List[str] = []
         values: List[Any] = []
+        value: Any
         while at < end:
             kind = data[at]
-            zero = data.index(b'\0', at + 1, end)
+            start = data.index(0, at + 1, end) + 1
             if not array:
-                keys.append(data[at + 1 : zero].decode())
-            value, at = self._value(kind, zero + 1, end, depth)
+                keys.append(data[at + 1 : start - 1].decode())
+            if kind == 2:
+                at = start + 4 + _INT32.unpack_from(data, start)[0]
+                if not start + 4 < at <= end or data[at - 1]:
+                    raise ProtocolError('BSON: a string does not end where it says')
+                value = data[start + 4 : at - 1].decode()
+            elif kind == 16:
+                value, at = _INT32.unpack_from(data, start)[0], start + 4
+            elif kind == 3 or kind == 4:
+                value, at = self.document(start, end, depth + 1, kind == 4)
+            elif kind == 9:
+                value, at = UtcDate(_INT64.unpack_from(data, start)[0]), start + 8
+            elif kind == 18:
+                value, at = _INT64.unpack_from(data, start)[0], start + 8
+            elif kind == 10:
+                value, at = None, start
+            elif kind == 8:
+                value, at = data[start] != 0, start + 1
+            elif kind == 5:
+                value, at = self._binary(start, end)
+            elif kind == 1:
+                value, at = _DOUBLE.unpack_from(data, start)[0], start + 8
+            else:
+                raise ProtocolError('BSON: the type %d is none that Halibut uses' % kind)
             values.append(value)
-            self._elements -= 1
-            if self._elements < 0:
-                raise ProtocolError('BSON: more elements than a message may have')
         if at != end or data[end] != 0:
             raise ProtocolError('BSON: a document does not end where it says')
+        self._elements -= len(values)
+        if self._elements < 0:
+            raise ProtocolError('BSON: more elements than a message may have')
         return (values if array else dict(zip(keys, values))), end + 1
+
+    def _binary(self, start: int, end: int) -> Tuple[Any, int]:
+        size, subtype = _BINARY_HEAD.unpack_from(self._data, start)
+        after = start + 5 + size
+        if size < 0 or after > end:
+            raise ProtocolError('BSON: a binary value does not end where it says')
+        content = self._data[start + 5 : after]
+        if subtype in _UUID_SUBTYPES and size == 16:
+            return uuid.UUID(bytes_le=content), after
+        return content, after
 
 
 def decode_bson(
@@ -1562,14 +1569,68 @@ class ScriptFile(Contract):
     }
 
 
-class ProcessOutput(Contract):
-    """One line of a script's log."""
+class LogEntry(NamedTuple):
+    """One line of a script's log: the contract `ProcessOutput`."""
 
-    members = {
-        'source': ('Source', Choice('StdOut', 'StdErr', 'Debug')),
-        'occurred': ('Occurred', Instant()),
-        'text': ('Text', Text()),
-    }
+    source: int  # STDOUT, STDERR or DEBUG
+    occurred: int  # milliseconds since 1970
+    text: str
+
+
+_ENTRY_HEAD = struct.Struct('<i8siB9sq6si')
+_ENTRY_HEAD_SIZE = _ENTRY_HEAD.size
+
+
+class LogEntries(Kind):
+    """A list of LogEntry. By far the most of what is sent, so it is written and read by itself."""
+
+    _source = Choice('StdOut', 'StdErr', 'Debug')
+    _occurred = Instant()
+
+    @property
+    def default(self) -> List[Any]:  # type: ignore[override]
+        return []
+
+    def write(self, value: List[LogEntry], streams: List[DataStream]) -> EncodedArray:
+        parts = [b'']
+        pack = _ENTRY_HEAD.pack
+        for i, (source, occurred, text) in enumerate(value):
+            data = text.encode('utf-8', 'replace')
+            size = len(data)
+            head = pack(
+                _ENTRY_HEAD_SIZE + size + 2,
+                b'\x10Source\0',
+                source,
+                9,
+                b'Occurred\0',
+                occurred,
+                b'\x02Text\0',
+                size + 1,
+            )
+            parts.append(b'\x03%d\0%b%b\0\0' % (i, head, data))
+        parts.append(b'\0')
+        parts[0] = _INT32.pack(4 + sum(map(len, parts)))
+        return EncodedArray(b''.join(parts))
+
+    def read(self, value: Any, streams: List[DataStream]) -> List[LogEntry]:
+        if not isinstance(value, list):
+            raise ValueError('an array')
+        return [self._read_entry(entry) for entry in value]
+
+    def _read_entry(self, document: Any) -> LogEntry:
+        if not isinstance(document, dict):
+            raise ValueError('an array of documents')
+        get = document.get
+        source, occurred, text = get('Source'), get('Occurred'), get('Text')
+        if type(text) is str and type(occurred) is UtcDate and source in (STDOUT, STDERR, DEBUG):
+            return LogEntry(source, occurred, text)  # as all peers write it
+        members = {key.lower(): value for key, value in document.items()}
+        source, occurred, text = map(members.get, ('source', 'occurred', 'text'))
+        if text is not None and not isinstance(text, str):
+            raise ValueError('an array of documents with a Text')
+        return LogEntry(
+            self._source.read(source, []), self._occurred.read(occurred, []), text or ''
+        )
 
 
 _TICKET = Nested(ScriptTicket)
@@ -1651,7 +1712,7 @@ class CompleteScriptCommand(_AboutTicketAndLog):
 class _ScriptStatus(Contract):
     members = {
         'ticket': ('Ticket', _TICKET),
-        'logs': ('Logs', ListOf(Nested(ProcessOutput))),
+        'logs': ('Logs', LogEntries()),
         'next_log_sequence': ('NextLogSequence', Whole(wide=True)),
         'state': ('State', _STATE),
         'exit_code': ('ExitCode', Whole()),
@@ -2522,27 +2583,28 @@ class Workspace:
         shutil.rmtree(self.path, ignore_errors=True)
 
 
-class LogEntry(NamedTuple):
-    source: int  # STDOUT, STDERR or DEBUG
-    occurred: int  # milliseconds since 1970
-    text: str
+def _checked(entry: Any) -> LogEntry:
+    source, occurred, text = entry
+    if source not in (STDOUT, STDERR, DEBUG) or type(occurred) is not int or type(text) is not str:
+        raise ValueError('not an entry of ours')
+    return LogEntry(source, occurred, text)
 
 
 def _entry_of(line: bytes) -> LogEntry:
-    """A line of a log file; one that a script wrote into it itself is shown as what it is."""
+    """The entry of a line; one that a script wrote into the log itself is shown as what it is."""
     try:
-        source, occurred, text = json.loads(line.decode())
-        if (
-            source in (STDOUT, STDERR, DEBUG)
-            and isinstance(occurred, int)
-            and isinstance(text, str)
-        ):
-            return LogEntry(source, occurred, text)
+        return _checked(json.loads(line.decode()))
     except (ValueError, TypeError):
-        pass
-    return LogEntry(
-        DEBUG, 0, 'Written into the log by the script: ' + line.decode('utf-8', 'replace')
-    )
+        text = 'Written into the log by the script: ' + line.decode('utf-8', 'replace').rstrip()
+        return LogEntry(DEBUG, 0, text)
+
+
+def _entries_of(lines: List[bytes]) -> List[LogEntry]:
+    """The entries of a log file's lines."""
+    try:
+        return [_checked(entry) for entry in json.loads(b'[%b]' % b','.join(lines))]
+    except (ValueError, TypeError):
+        return [_entry_of(line) for line in lines]
 
 
 class LogWriter:
@@ -2559,7 +2621,8 @@ class LogWriter:
     def append(self, source: int, texts: List[str]) -> None:
         now = int(time.time() * 1000)
         head = '[%d,%d,' % (source, now)
-        encoded = [head + json.dumps(text) + ']\n' for text in texts]
+        quote = json.encoder.encode_basestring_ascii
+        encoded = [head + quote(text) + ']\n' for text in texts]
         if self._dropped:
             lost = '%d lines were lost here: the log could not be written' % self._dropped
             encoded.insert(0, '[%d,%d,%s]\n' % (STDERR, now, json.dumps(lost)))
@@ -2604,17 +2667,16 @@ class ScriptLog:
         """(the entries after the `after`-th, as many as one answer may hold, whether there are
         more).
         """
-        entries: List[LogEntry] = []
+        lines: List[bytes] = []
         size = 0
         for line in self._lines_from(max(after, 0)):
             size += len(line)
-            if entries and (
-                len(entries) >= self._limits.log_answer_lines
-                or size > self._limits.log_answer_bytes
+            if lines and (
+                len(lines) >= self._limits.log_answer_lines or size > self._limits.log_answer_bytes
             ):
-                return entries, True
-            entries.append(_entry_of(line))
-        return entries, False
+                return _entries_of(lines), True
+            lines.append(line)
+        return _entries_of(lines), False
 
     def _lines_from(self, number: int) -> Iterator[bytes]:
         """The lines of the file from the entry of that number, counted from 0, on."""
@@ -2995,7 +3057,7 @@ def run_launcher(channel: socket.socket) -> None:
 
 
 def _be_supervisor(channel: socket.socket, note: int, prctl: Callable[..., Any]) -> None:
-    """The forked process: wait for a request, say so through `note`, and serve it; never returns."""
+    """The forked process: take a request, say so through `note`, and serve it; never returns."""
     try:
         supervisor = _Supervisor(prctl)
         line, descriptors = _receive_request(channel)
@@ -3599,7 +3661,7 @@ def _status(cls: type, script: RunningScript, after: int) -> Any:
         state, exit_code = RUNNING, 0
     return cls(
         ticket=ScriptTicket(task_id=script.spec.ticket),
-        logs=[ProcessOutput(**entry._asdict()) for entry in entries],
+        logs=entries,
         next_log_sequence=max(after, 0) + len(entries),
         state=state,
         exit_code=exit_code,
@@ -4137,17 +4199,21 @@ class RemarkFilter:
     ...) and `##octopus[stdout-default]`, these markers included.
     """
 
-    _marker = re.compile(r'##octopus\[stdout-(\w+)\]\Z')
+    _MARKER = '##octopus[stdout-'
 
     def __init__(self) -> None:
         self._remarks = False
 
-    def line(self, entry: ProcessOutput) -> OutputLine:
-        marker = self._marker.match(entry.text or '') if entry.source == STDOUT else None
-        if marker:
-            self._remarks = marker.group(1) != 'default'
-        remark = bool(marker) or entry.source == DEBUG or (self._remarks and entry.source == STDOUT)
-        return OutputLine(entry.source, entry.occurred, entry.text or '', remark)
+    def line(self, entry: LogEntry) -> OutputLine:
+        source, occurred, text = entry
+        remark = source == DEBUG
+        if source == STDOUT:
+            if text.startswith(self._MARKER) and text.endswith(']'):
+                self._remarks = text != self._MARKER + 'default]'
+                remark = True
+            else:
+                remark = self._remarks
+        return OutputLine(source, occurred, text, remark)
 
 
 class _ScriptCallsV2:
@@ -4242,6 +4308,8 @@ class _ScriptRun:
         0.4,
     )  # between questions while nothing comes; back to the first when something does
 
+    _MANY_LINES = 1000  # in one answer: there are more, so the next question follows at once
+
     def __init__(self, calls: Any, on_line: Callable[[OutputLine], None], limits: Limits):
         self._calls = calls
         self._on_line = on_line
@@ -4298,10 +4366,12 @@ class _ScriptRun:
                 time.sleep(self._limits.reconnect_pause)
 
     def _follow(self, ask: Callable[[], Any], deadline: float) -> None:
-        quiet = 0
+        quiet = new = 0
         while self._state != COMPLETE and time.monotonic() < deadline:
-            time.sleep(self._PAUSES[min(quiet, len(self._PAUSES) - 1)])
-            quiet = 0 if self._take(ask()) else quiet + 1
+            if new < self._MANY_LINES:
+                time.sleep(self._PAUSES[min(quiet, len(self._PAUSES) - 1)])
+            new = self._take(ask())
+            quiet = 0 if new else quiet + 1
 
     def _cancel(self) -> None:
         """Cancel the script there and see it end; the reason for it is on its way to the caller."""

@@ -1955,14 +1955,10 @@ def test_reading_a_log_costs_what_is_new(tmp_path, monkeypatch):
             break
         after += len(entries)
     write_log(tmp_path / 'log', 0, ['new'])
-    decoded = []
-    monkeypatch.setattr(
-        tentacle.json,
-        'loads',
-        lambda line: decoded.append(line) or json.JSONDecoder().decode(line),
-    )
+    decoded, loads = [], json.loads
+    monkeypatch.setattr(tentacle.json, 'loads', lambda data: decoded.append(data) or loads(data))
     assert [entry.text for entry in log.read(after)[0]] == ['new']
-    assert len(decoded) == 1
+    assert len(decoded) == 1 and decoded[0].count(b'\n') == 1
 
 
 @pytest.mark.parametrize(
