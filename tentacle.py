@@ -694,6 +694,91 @@ def import_identity(source: str, path: str, password: str = '') -> Identity:
     return load_identity(path)
 
 
+# AES (FIPS 197), encryption alone, for files of a script that come with an `EncryptionPassword`.
+
+
+def _make_sbox() -> bytes:
+    """FIPS 197, 5.1.1: the inverse in GF(2^8), by powers of its generator 3, and an affine map."""
+    powers, value = [], 1
+    for _ in range(255):
+        powers.append(value)
+        value ^= (value << 1) ^ (0x11B if value & 0x80 else 0)
+    inverse = {power: powers[-i % 255] for i, power in enumerate(powers)}
+    inverse[0] = 0
+    box = []
+    for byte in range(256):
+        x = inverse[byte]
+        spread = x ^ x << 1 ^ x << 2 ^ x << 3 ^ x << 4
+        box.append((spread ^ spread >> 8) & 0xFF ^ 0x63)
+    return bytes(box)
+
+
+class Aes:
+    """AES with a key of 16 or 32 bytes, by the tables that join SubBytes and MixColumns."""
+
+    def __init__(self, key: bytes):
+        self._sbox = sbox = _make_sbox()
+        double = [x << 1 ^ (0x11B if x & 0x80 else 0) for x in sbox]
+        table = [(d << 24 | x << 16 | x << 8 | (d ^ x)) for x, d in zip(sbox, double)]
+        self._tables = [
+            [x >> 8 * i | x << 32 - 8 * i & 0xFFFFFFFF for x in table] for i in range(4)
+        ]
+        self._rounds = self._expand(key)
+
+    def _expand(self, key: bytes) -> List[Tuple[int, ...]]:
+        """The key of each round, as four words (FIPS 197, 5.2)."""
+        size = len(key) // 4
+        words = list(struct.unpack('>%dI' % size, key))
+        constant = 1
+        while len(words) < 4 * (size + 7):
+            word = words[-1]
+            if len(words) % size == 0:
+                word = self._substitute(word << 8 & 0xFFFFFFFF | word >> 24) ^ constant << 24
+                constant = constant << 1 ^ (0x11B if constant & 0x80 else 0)
+            elif size > 6 and len(words) % size == 4:
+                word = self._substitute(word)
+            words.append(words[-size] ^ word)
+        return [tuple(words[i : i + 4]) for i in range(0, len(words), 4)]
+
+    def _substitute(self, word: int) -> int:
+        return int.from_bytes(word.to_bytes(4, 'big').translate(self._sbox), 'big')
+
+    def encrypt_block(self, block: bytes) -> bytes:
+        """16 bytes as 16 others."""
+        t0, t1, t2, t3 = self._tables
+        a, b, c, d = (word ^ key for word, key in zip(struct.unpack('>4I', block), self._rounds[0]))
+        for k0, k1, k2, k3 in self._rounds[1:-1]:
+            a, b, c, d = (
+                t0[a >> 24] ^ t1[b >> 16 & 255] ^ t2[c >> 8 & 255] ^ t3[d & 255] ^ k0,
+                t0[b >> 24] ^ t1[c >> 16 & 255] ^ t2[d >> 8 & 255] ^ t3[a & 255] ^ k1,
+                t0[c >> 24] ^ t1[d >> 16 & 255] ^ t2[a >> 8 & 255] ^ t3[b & 255] ^ k2,
+                t0[d >> 24] ^ t1[a >> 16 & 255] ^ t2[b >> 8 & 255] ^ t3[c & 255] ^ k3,
+            )
+        mixed = (
+            a & 0xFF000000 | b & 0xFF0000 | c & 0xFF00 | d & 0xFF,
+            b & 0xFF000000 | c & 0xFF0000 | d & 0xFF00 | a & 0xFF,
+            c & 0xFF000000 | d & 0xFF0000 | a & 0xFF00 | b & 0xFF,
+            d & 0xFF000000 | a & 0xFF0000 | b & 0xFF00 | c & 0xFF,
+        )
+        return struct.pack(
+            '>4I', *[self._substitute(word) ^ key for word, key in zip(mixed, self._rounds[-1])]
+        )
+
+
+def encrypt_script_file(source: BinaryIO, target: BinaryIO, password: str) -> None:
+    """Copy a file as the original keeps sensitive ones: `IV__`, the IV, AES-128-CBC (wire notes 4)."""
+    aes = Aes(hashlib.pbkdf2_hmac('sha1', password.encode(), b'Octopuss', 1000, 16))
+    previous = secrets.token_bytes(16)
+    target.write(b'IV__' + previous)
+    block = b'?' * 16
+    while len(block) == 16:
+        block = source.read(16)
+        padded = block + bytes([16 - len(block)]) * (16 - len(block))  # PKCS #7
+        mixed = int.from_bytes(padded, 'big') ^ int.from_bytes(previous, 'big')
+        previous = aes.encrypt_block(mixed.to_bytes(16, 'big'))
+        target.write(previous)
+
+
 # ---- 5. Secure streams ---------------------------------------------------------------------------
 # TLS where no CA, name, date or purpose counts, but the thumbprint alone (wire notes 1 and 5).
 
@@ -2470,6 +2555,16 @@ class ScriptSpec(NamedTuple):
     arguments: str  # as text, to be appended to the command line
 
 
+DOOMED = '.doomed-'  # no ticket begins so
+
+
+def remove_tree(path: str) -> None:
+    """Remove a folder as far as we may, following no symbolic link."""
+    import shutil
+
+    shutil.rmtree(path, ignore_errors=True)
+
+
 class Workspace:
     """The folder `<home>/Work/<ticket>` of one script."""
 
@@ -2524,6 +2619,9 @@ class Workspace:
                 ValueError('%s can not be the name of a file of a script' % printable(name, 100))
             )
         with file.contents.open() as source, open(os.path.join(self.path, name), 'xb') as target:
+            if file.encryption_password is not None:
+                encrypt_script_file(source, target, file.encryption_password)
+                return
             for part in iter(lambda: source.read(_COPY_STEP), b''):
                 target.write(part)
 
@@ -2577,10 +2675,17 @@ class Workspace:
             os.close(control)
 
     def delete(self) -> None:
-        """Remove the folder and what is in it; symbolic links in it are removed, not followed."""
-        import shutil
+        """Remove the folder and what is in it; symbolic links in it are removed, not followed.
 
-        shutil.rmtree(self.path, ignore_errors=True)
+        It is gone for everybody at once: what a crash leaves of it has another name.
+        """
+        folder, name = os.path.split(self.path)
+        doomed = os.path.join(folder, DOOMED + name + secrets.token_hex(4))
+        try:
+            os.rename(self.path, doomed)
+        except OSError:
+            return  # it is gone already, or was never there
+        remove_tree(doomed)
 
 
 def _checked(entry: Any) -> LogEntry:
@@ -3083,46 +3188,32 @@ class Launcher:
         self._process: Any = None  # subprocess.Popen
         self._channel: Optional[socket.socket] = None
 
-    def launch(self, workspace: Workspace, request: Dict[str, Any], lock: int) -> None:
-        """Have a supervisor take a request and the workspace's lock. Raises OSError.
+    def launch(self, request: Dict[str, Any], lock: int) -> None:
+        """Have a supervisor take a request and a workspace's lock; our own hold on it is let go.
 
-        Our own hold on it, `lock`, is let go. When the launcher died and nobody can know whether
-        one had taken it, the lock and the mark `started` tell.
+        Raises OSError when no launcher can be started. When one died over this, nobody knows yet
+        whether a supervisor had the request: who gets the lock next will see.
         """
-        line = json.dumps(request).encode() + b'\n'
-        for _ in range(3):
-            try:
-                with self._lock:
-                    self._ask(line, lock)
-                os.close(lock)
-                return
-            except OSError as error:
-                logger.warning('The launcher is gone (%s); another one is started', error)
-                os.close(lock)
-            again = workspace.lock()
-            if again is None or workspace.has('started'):
-                if again is not None:
-                    os.close(again)
-                return  # one had
-            lock = again
-        os.close(lock)
-        raise OSError(errno.ECHILD, 'no launcher can be started')
+        try:
+            with self._lock:
+                if self._channel is None:
+                    self._start()
+                try:
+                    self._ask(json.dumps(request).encode() + b'\n', lock)
+                except OSError as error:
+                    logger.warning('The launcher is gone (%s)', error)
+                    self._discard()
+        finally:
+            os.close(lock)
 
     def _ask(self, line: bytes, lock: int) -> None:
-        if self._channel is None:
-            self._start()
         channel = self._channel
         assert channel is not None
-        try:
-            sent = channel.sendmsg(
-                [line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, array('i', [lock]).tobytes())]
-            )
-            channel.sendall(line[sent:])
-            if channel.recv(100) != b'taken\n':
-                raise ConnectionResetError(errno.ECONNRESET, 'it left without an answer')
-        except OSError:
-            self._discard()
-            raise
+        rights = array('i', [lock]).tobytes()
+        sent = channel.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
+        channel.sendall(line[sent:])
+        if channel.recv(100) != b'taken\n':
+            raise ConnectionResetError(errno.ECONNRESET, 'it left without an answer')
 
     def _start(self) -> None:
         import subprocess
@@ -3234,6 +3325,8 @@ class RunningScript:
     States: being prepared, waiting for the mutex (pending), launched (running), ended (complete).
     """
 
+    _MOST_LAUNCHES = 10  # a launcher that dies ahead of the script's start is replaced so often
+
     def __init__(self, spec: ScriptSpec, workspace: Workspace, runner: Any):
         self.spec = spec
         self.workspace = workspace
@@ -3243,6 +3336,7 @@ class RunningScript:
         self._runner = runner
         self._lock = threading.Lock()
         self._launched = False
+        self._launches = 0
         self._exit_code = 0
         self._ended = threading.Event()
         self._hold: Optional[int] = None  # the workspace's lock, while it is ours
@@ -3329,9 +3423,12 @@ class RunningScript:
         with self._lock:
             self._launched = True
             self._stop_timer()
+        self._launches += 1
         try:
+            if self._launches > self._MOST_LAUNCHES:
+                raise OSError(errno.ECHILD, 'every launcher dies')
             request = self._runner.request_for(self)
-            self._runner.launcher.launch(self.workspace, request, self._take_hold())
+            self._runner.launcher.launch(request, self._take_hold())
         except Exception as error:
             self._let_go()
             logger.error('Script %s could not be started: %s', self.spec.ticket, error)
@@ -3347,11 +3444,15 @@ class RunningScript:
     def _await_end(self) -> None:
         try:
             hold = self.workspace.lock(wait=True)
-            if hold is not None:
-                os.close(hold)
         except OSError:
-            pass  # the workspace was taken away: nothing more will be known
+            hold = None  # the workspace was taken away: nothing more will be known
         result = self.workspace.result()
+        if hold is not None and result is None and not self.workspace.has('started'):
+            self.hold(hold)  # it never ran: launcher or supervisor died ahead of that
+            self.launch()
+            return
+        if hold is not None:
+            os.close(hold)
         if result is None:
             result = UNKNOWN_RESULT_EXIT_CODE
             self._note_lost_result()
@@ -3525,7 +3626,9 @@ class ScriptRunner:
         """Take over the workspaces of an agent before us: those that run, wait or have ended."""
         waiting = []
         for name in _subfolders(self._work):
-            if _TICKET_PATTERN.match(name):
+            if name.startswith(DOOMED):
+                remove_tree(os.path.join(self._work, name))
+            elif _TICKET_PATTERN.match(name):
                 script = self._attach_one(Workspace(self._work, name))
                 if script is not None:
                     waiting.append(script)

@@ -635,10 +635,10 @@ def request_bytes(service, method, *params, **changes):
 
 def start_command(body, ticket, **members):
     members.setdefault('duration_to_wait', 20.0)
+    members.setdefault('task_id', 'ServerTasks-1')
     return tentacle.StartScriptCommandV2(
         ticket=tentacle.ScriptTicket(task_id=ticket),
         script_body=body,
-        task_id='ServerTasks-1',
         **members,
     )
 
@@ -940,6 +940,45 @@ def test_a_bad_import_leaves_the_identity_as_it_was(tmp_path, keys):
         assert name in err
     assert cli('show-thumbprint', home=home)[1] == before
     assert sorted(os.listdir(str(home))) == ['tentacle-default.config', 'tentacle.pem']
+
+
+@pytest.mark.parametrize(
+    'key, encrypted',
+    [
+        (bytes(range(16)), '69c4e0d86a7b0430d8cdb78070b4c55a'),  # FIPS 197, C.1
+        (bytes(range(32)), '8ea2b7ca516745bfeafc49904b496089'),  # FIPS 197, C.3
+    ],
+)
+def test_aes_of_the_standard(key, encrypted):
+    block = bytes.fromhex('00112233445566778899aabbccddeeff')
+    assert tentacle.Aes(key).encrypt_block(block).hex() == encrypted
+
+
+# Files as the original keeps them: AesEncryption of Octopus.Tentacle.Core, with this password.
+ENCRYPTION_PASSWORD = 'purple-monkey-dishwasher'
+ENCRYPTED_FILES = [
+    ('', 'SVZfX3UtEuE7wi4icE7AyZZiYMfJ7HAKseMx/ApLmQjfKTJa'),
+    ('FooBar', 'SVZfX+i2PFiw/52SWNiUJxbpGNlHwEZ4+M0OZMJOea+AeoIN'),
+    (
+        'exactly 16 bytes',
+        'SVZfX9gBpnh5Z584wDMS8Mp8dGxnLSjcZT3NhfxZz6A1DXPUE446b+ftgSAP7pPwzejnSQ==',
+    ),
+    (
+        'ünïcode ✓ over two blocks of sixteen bytes',
+        'SVZfX1vhApWdJQzMpieubLRJTcOQXXe7/1+6RSMvrIOS5a3X/PgvR8tJ6ky8S+Ty4AlFJXoKuV9MIgLddeRB0lKM'
+        'HeE=',
+    ),
+]
+
+
+@pytest.mark.parametrize('text, encrypted', ENCRYPTED_FILES)
+def test_files_are_encrypted_as_by_the_original(monkeypatch, text, encrypted):
+    """With its IV, the same bytes."""
+    expected = base64.b64decode(encrypted)
+    monkeypatch.setattr(tentacle.secrets, 'token_bytes', lambda size: expected[4 : 4 + size])
+    target = io.BytesIO()
+    tentacle.encrypt_script_file(io.BytesIO(text.encode()), target, ENCRYPTION_PASSWORD)
+    assert target.getvalue() == expected
 
 
 # ---- 5. Secure streams ---------------------------------------------------------------------------
@@ -2175,6 +2214,453 @@ def test_a_long_log_comes_in_bounded_answers(client):
     assert got == [str(i) for i in range(1, 25001)]
     assert answers >= 3
     v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+
+
+def run_times(agent, ticket):
+    """How often a script of `counting_script` was run."""
+    path = os.path.join(agent.home, 'runs-' + ticket)
+    return open_bytes(path).count(b'x') if os.path.exists(path) else 0
+
+
+def counting_script(ticket, lines=20, pause=0.02):
+    """Leaves a mark for each run, prints numbered lines, ends with 17."""
+    return (
+        'echo x >> $TentacleHome/runs-%s; i=0; while [ $i -lt %d ]; do i=$((i+1)); echo line $i; '
+        'sleep %g; done; exit 17' % (ticket, lines, pause)
+    )
+
+
+def in_threads(function, arguments):
+    """Call a function for each argument, each in a thread of its own; wait for all."""
+    threads = [threading.Thread(target=function, args=(argument,)) for argument in arguments]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+
+
+def insist(agent_of, keys, ask):
+    """Ask until there is an answer: as a client does whose agent is restarted."""
+
+    def attempt():
+        with contextlib.suppress(tentacle.TentacleError, AttributeError):
+            with tentacle.TentacleClient(agent_of().endpoint, keys['server']) as client:
+                return ask(client)
+
+    return eventually(attempt, 30)
+
+
+def end_of(agent_of, keys, ticket):
+    """(lines, exit code) of a script, asked for in steps with growing numbers; then completed."""
+    lines, after = [], 0
+    while True:
+        request = about(tentacle.ScriptStatusRequestV2, ticket, after)
+        status = insist(agent_of, keys, lambda client: v2(client, 'GetStatus', request))
+        lines += status.logs
+        after = status.next_log_sequence
+        if status.state == tentacle.COMPLETE:
+            break
+    command = about(tentacle.CompleteScriptCommandV2, ticket)
+    insist(agent_of, keys, lambda client: v2(client, 'CompleteScript', command) or True)
+    return [line.text for line in lines if line.text.startswith('line ')], status.exit_code
+
+
+NUMBERED = ['line %d' % i for i in range(1, 21)]
+
+
+def test_scripts_outlive_an_agent_that_is_killed(tmp_path, keys):
+    """32 scripts, each at another moment of its life when its agent is killed."""
+    chance = random.Random(4)
+    for attempt in range(4):
+        home = tmp_path / str(attempt)
+        agents = [Agent(home, '--trust', keys['server'].thumbprint)]
+        tickets = [tentacle.new_ticket() for _ in range(8)]
+
+        def start(ticket):
+            command = start_command(counting_script(ticket), ticket, duration_to_wait=None)
+            threading.Event().wait(chance.random() * 0.5)
+            insist(lambda: agents[-1], keys, lambda client: v2(client, 'StartScript', command))
+
+        starter = threading.Thread(target=in_threads, args=(start, tickets))
+        starter.start()
+        threading.Event().wait(chance.random() * 0.6)
+        agents[-1].stop(signal.SIGKILL)
+        if attempt == 3:
+            threading.Event().wait(1)  # down when the scripts end
+        agents.append(Agent(home, '--trust', keys['server'].thumbprint))
+        starter.join()
+        try:
+            for ticket in tickets:
+                assert end_of(lambda: agents[-1], keys, ticket) == (NUMBERED, 17)
+                assert run_times(agents[-1], ticket) == 1
+            assert os.listdir(os.path.join(agents[-1].home, 'Work')) == []
+        finally:
+            agents[-1].stop()
+
+
+def below(pid):
+    """The processes below one, children before grandchildren."""
+    return tentacle.descendants(pid)
+
+
+def launchers(agent):
+    return [
+        pid
+        for pid in below(agent.process.pid)
+        if b'_launcher' in open_bytes('/proc/%d/cmdline' % pid)
+    ]
+
+
+def test_scripts_outlive_a_launcher_that_is_killed(tmp_path, keys):
+    """24 scripts while launchers and the supervisors in waiting are killed all the time."""
+    agent = Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint)
+    chance = random.Random(5)
+    done = threading.Event()
+    kills = []
+
+    def kill():
+        while not done.wait(0.15 + chance.random() * 0.3):
+            for pid in launchers(agent)[:1]:
+                with contextlib.suppress(ProcessLookupError):
+                    os.kill(pid, signal.SIGKILL)
+                    kills.append(pid)
+
+    def start(ticket):
+        command = start_command(counting_script(ticket), ticket, duration_to_wait=None)
+        threading.Event().wait(chance.random() * 5)
+        insist(lambda: agent, keys, lambda client: v2(client, 'StartScript', command))
+
+    tickets = [tentacle.new_ticket() for _ in range(24)]
+    killer = threading.Thread(target=kill)
+    killer.start()
+    try:
+        in_threads(start, tickets)
+        for ticket in tickets:
+            assert end_of(lambda: agent, keys, ticket) == (NUMBERED, 17)
+            assert run_times(agent, ticket) == 1
+    finally:
+        done.set()
+        killer.join()
+        agent.stop()
+    assert len(kills) >= 8
+
+
+def test_a_killed_supervisor_leaves_an_unknown_result_and_the_log_so_far(shared_agent, keys):
+    tickets = [tentacle.new_ticket() for _ in range(20)]
+    chance = random.Random(6)
+
+    def play(ticket):
+        with tentacle.TentacleClient(shared_agent.endpoint, keys['server']) as client:
+            body = 'echo $PPID; %s' % counting_script(ticket, 200)
+            v2(client, 'StartScript', start_command(body, ticket, duration_to_wait=None))
+            status = eventually(
+                lambda: (lambda status: status if texts(status) else None)(
+                    v2(client, 'GetStatus', about(tentacle.ScriptStatusRequestV2, ticket))
+                )
+            )
+            threading.Event().wait(chance.random() * 0.3)
+            os.kill(int(texts(status)[0]), signal.SIGKILL)
+            last = finished(client, ticket)
+            assert last.exit_code == -46
+            got = [text for text in texts(last) if text.startswith('line')]
+            assert got == ['line %d' % i for i in range(1, len(got) + 1)]
+            v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+            outcomes.append(ticket)
+
+    outcomes = []
+    in_threads(play, tickets)
+    assert sorted(outcomes) == sorted(tickets)
+    for ticket in tickets:
+        os.unlink(os.path.join(shared_agent.home, 'runs-' + ticket))
+
+
+def test_the_mutex_is_held_and_waited_for_across_a_restart(tmp_path, keys):
+    """20 pairs, each with a mutex of its own: one runs, one waits when the agent is killed."""
+    agents = [Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint)]
+    pairs = [(tentacle.new_ticket(), tentacle.new_ticket()) for _ in range(20)]
+    gate = os.path.join(agents[0].home, 'gate')
+
+    def start(pair):
+        with tentacle.TentacleClient(agents[0].endpoint, keys['server']) as client:
+            options = {'isolation': 1, 'mutex_name': pair[0], 'duration_to_wait': None}
+            first = 'while [ ! -e $TentacleHome/gate ]; do sleep 0.05; done; echo line 1; exit 1'
+            v2(client, 'StartScript', start_command(first, pair[0], **options))
+            second = '[ -e $TentacleHome/gate ] && echo line 2; exit 2'
+            status = v2(client, 'StartScript', start_command(second, pair[1], **options))
+            assert status.state == tentacle.PENDING
+
+    in_threads(start, pairs)
+    agents[0].stop(signal.SIGKILL)
+    agents.append(Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint))
+    try:
+        with tentacle.TentacleClient(agents[1].endpoint, keys['server']) as client:
+            for first, second in pairs:
+                request = about(tentacle.ScriptStatusRequestV2, second)
+                assert v2(client, 'GetStatus', request).state == tentacle.PENDING
+        open(gate, 'w').close()
+        for first, second in pairs:
+            assert end_of(lambda: agents[1], keys, first) == (['line 1'], 1)
+            assert end_of(lambda: agents[1], keys, second) == (['line 2'], 2)
+    finally:
+        agents[1].stop()
+
+
+def test_a_kill_during_complete_leaves_all_or_nothing(tmp_path, keys):
+    """Each ticket is unknown or has its true result after that, and can be used anew."""
+    tickets = [tentacle.new_ticket() for _ in range(20)]
+    agents = [Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint)]
+
+    def start(ticket):
+        with tentacle.TentacleClient(agents[0].endpoint, keys['server']) as client:
+            v2(client, 'StartScript', start_command('touch {1..200}; exit 5', ticket))
+
+    def complete(ticket):
+        with contextlib.suppress(tentacle.TentacleError):
+            with tentacle.TentacleClient(agents[0].endpoint, keys['server']) as client:
+                v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+
+    in_threads(start, tickets)
+    completing = threading.Thread(target=in_threads, args=(complete, tickets))
+    completing.start()
+    threading.Event().wait(0.05)
+    agents[0].stop(signal.SIGKILL)
+    completing.join()
+    agents.append(Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint))
+    try:
+        with tentacle.TentacleClient(agents[1].endpoint, keys['server']) as client:
+            for ticket in tickets:
+                status = v2(client, 'GetStatus', about(tentacle.ScriptStatusRequestV2, ticket))
+                assert status.exit_code in (5, -45)
+                v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+                again = v2(client, 'StartScript', start_command('exit 6', ticket))
+                assert again.exit_code == 6
+                v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+        assert os.listdir(os.path.join(agents[1].home, 'Work')) == []
+    finally:
+        agents[1].stop()
+
+
+class Waiting:
+    """A script as the mutex sees it."""
+
+    def __init__(self, events, name, isolation, mutex='m'):
+        self.spec = tentacle.ScriptSpec(name, '', name, isolation, mutex, 0, [], '')
+        self._events = events
+
+    def launch(self):
+        self._events.append('+' + self.spec.ticket)
+
+    def tell_waiting(self, tasks):
+        self._events.append('%s waits for %s' % (self.spec.ticket, ' '.join(tasks)))
+
+
+def test_the_mutex_is_fair():
+    events = []
+    mutex = tentacle.ScriptIsolationMutex()
+    a, b, c = (Waiting(events, name, 0) for name in 'abc')
+    w, x = (Waiting(events, name, 1) for name in 'wx')
+    other = Waiting(events, 'o', 1, 'another')
+
+    def told():
+        seen, events[:] = list(events), []
+        return seen
+
+    mutex.enter(a), mutex.enter(b), mutex.enter(other)
+    assert told() == ['+a', '+b', '+o']
+    mutex.enter(w)
+    assert told() == ['w waits for a b']
+    mutex.enter(c)  # a reader that comes after a waiting writer does not overtake it
+    assert told() == ['w waits for a b', 'c waits for a b']
+    mutex.enter(x)
+    told()
+    mutex.leave(a)
+    assert told() == ['w waits for b', 'c waits for b', 'x waits for b']
+    mutex.leave(b)
+    assert told() == ['+w', 'c waits for w', 'x waits for w']
+    assert mutex.withdraw(w) is False
+    mutex.leave(w)
+    assert told() == ['+c', 'x waits for c']
+    assert mutex.withdraw(x) is True
+    mutex.leave(c), mutex.leave(other)
+    assert told() == [] and mutex._holders == mutex._queues == {}
+
+
+def waiting_script(client, holder_seconds, **options):
+    """(ticket of a full one that runs, ticket of one that waits for it)"""
+    name = tentacle.new_ticket()
+    tickets = tentacle.new_ticket(), tentacle.new_ticket()
+    held = {'isolation': 1, 'mutex_name': name, 'duration_to_wait': None}
+    body = 'sleep %g' % holder_seconds
+    v2(
+        client,
+        'StartScript',
+        start_command(body, tickets[0], **dict(held, task_id='ServerTasks-77')),
+    )
+    status = v2(client, 'StartScript', start_command('exit 7', tickets[1], **dict(held, **options)))
+    assert (status.state, status.exit_code) == (tentacle.PENDING, 0)
+    assert [entry.text for entry in status.logs][-3::2] == [
+        '##octopus[stdout-wait]',
+        '##octopus[stdout-default]',
+    ]
+    assert 'ServerTasks-77' in status.logs[-2].text
+    return tickets
+
+
+def completed(client, *tickets):
+    for ticket in tickets:
+        v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+
+
+def test_waiting_for_the_mutex(client):
+    holder, waiter = waiting_script(client, 0.5)
+    assert finished(client, waiter).exit_code == 7
+    assert finished(client, holder).exit_code == 0
+    completed(client, holder, waiter)
+
+
+def test_the_wait_for_the_mutex_has_a_limit(client):
+    holder, waiter = waiting_script(client, 100, mutex_timeout=0.3)
+    status = finished(client, waiter)
+    assert status.exit_code == -44 and 'as long as it may' in status.logs[-1].text
+    completed(client, waiter, holder)
+
+
+def test_cancelled_while_waiting(client):
+    holder, waiter = waiting_script(client, 100)
+    status = v2(client, 'CancelScript', about(tentacle.CancelScriptCommandV2, waiter))
+    assert (status.state, status.exit_code) == (tentacle.COMPLETE, -43)
+    completed(client, waiter, holder)
+
+
+def test_no_isolation_runs_beside_no_isolation(client):
+    tickets = [tentacle.new_ticket() for _ in range(2)]
+    for ticket in tickets:
+        command = start_command('sleep 100', ticket, duration_to_wait=None)
+        assert v2(client, 'StartScript', command).state == tentacle.RUNNING
+    completed(client, *tickets)
+
+
+def test_a_child_that_writes_for_ever_does_not_delay_the_end(client):
+    ticket = tentacle.new_ticket()
+    status = v2(client, 'StartScript', start_command('yes & echo $!; exit 3', ticket))
+    pids = [text for text in texts(status) if text.isdigit()]
+    if status.state != tentacle.COMPLETE:
+        status = finished(client, ticket)
+    last = v2(client, 'GetStatus', about(tentacle.ScriptStatusRequestV2, ticket, 10**9))
+    assert (last.state, last.exit_code) == (tentacle.COMPLETE, 3)
+    del pids
+    eventually(lambda: not processes_named('yes'))  # nobody reads: SIGPIPE ends it
+    completed(client, ticket)
+
+
+def processes_named(name):
+    found = []
+    for pid in os.listdir('/proc'):
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and open_bytes('/proc/%s/comm' % pid).strip() == name.encode():
+                found.append(int(pid))
+    return found
+
+
+def test_a_child_that_is_left_behind_is_marked_in_the_log(client):
+    lines = []
+    assert client.run_script('sleep 100 & echo $!', lines.append) == 0
+    own = [line for line in lines if not line.remark]
+    assert 'left processes behind' in own[-1].text and own[-1].source == tentacle.STDERR
+    os.kill(int(own[0].text), signal.SIGKILL)
+
+
+@pytest.mark.parametrize(
+    'escape',
+    [
+        'setsid sleep 1000 &',
+        '(setsid sh -c "trap : TERM; sleep 1000; sleep 1000" &);',
+        'nohup sh -c "sleep 1000 & sleep 1000" > /dev/null 2>&1 &',
+    ],
+)
+def test_cancel_finds_those_who_left_the_session(client, escape):
+    if not os.path.isdir('/proc/self'):
+        pytest.skip('there is no /proc here')
+    mark = 'MARK' + tentacle.new_ticket()
+    ticket = tentacle.new_ticket()
+    body = 'export %s=1; %s echo started; sleep 1000' % (mark, escape)
+    v2(client, 'StartScript', start_command(body, ticket, duration_to_wait=None))
+    request = about(tentacle.ScriptStatusRequestV2, ticket)
+    eventually(lambda: 'started' in texts(v2(client, 'GetStatus', request)))
+    assert len(eventually(lambda: processes_with(mark))) >= 2
+    v2(client, 'CancelScript', about(tentacle.CancelScriptCommandV2, ticket))
+    assert finished(client, ticket).exit_code == -1
+    assert processes_with(mark) == []
+    completed(client, ticket)
+
+
+def test_two_hundred_scripts_at_once(shared_agent, keys):
+    results = []
+
+    def run(number):
+        with tentacle.TentacleClient(shared_agent.endpoint, keys['server']) as client:
+            for i in range(number, 200, 20):
+                lines = []
+                code = client.run_script('echo %d; echo e >&2; exit %d' % (i, i), lines.append)
+                own = sorted(line.text for line in lines if not line.remark)
+                results.append((i, code, own))
+
+    in_threads(run, range(20))
+    assert sorted(results) == [(i, i, sorted([str(i), 'e'])) for i in range(200)]
+    assert os.listdir(os.path.join(shared_agent.home, 'Work')) == []
+    assert len(below(shared_agent.process.pid)) <= 2  # the launcher, and a supervisor in waiting
+
+
+def test_files_with_a_password_are_kept_encrypted(client, shared_agent):
+    text = 'geheim ✓'.encode()
+    contents = tentacle.DataStream(len(text), lambda: io.BytesIO(text))
+    file = tentacle.ScriptFile(name='s', contents=contents, encryption_password='pass')
+    lines = []
+    ticket = tentacle.new_ticket()
+    status = v2(
+        client, 'StartScript', start_command('head -c 4 s; wc -c < s', ticket, files=[file])
+    )
+    assert texts(status) == ['IV__36']
+    completed(client, ticket)
+    assert lines == []
+
+
+def test_old_workspaces_are_cleaned(tmp_path, keys):
+    """At the start: what nobody completed for a day, but nothing that runs or is no workspace."""
+    home = tmp_path / 'home'
+    agent = Agent(home, '--trust', keys['server'].thumbprint)
+    old, young, running = (tentacle.new_ticket() for _ in range(3))
+    outside = tmp_path / 'outside'
+    outside.mkdir()
+    (outside / 'kept').write_text('')
+    with tentacle.TentacleClient(agent.endpoint, keys['server']) as client:
+        for ticket in (old, young):
+            body = 'ln -s %s link; exit 0' % outside
+            v2(client, 'StartScript', start_command(body, ticket))
+        command = start_command('sleep 1000', running, duration_to_wait=None)
+        v2(client, 'StartScript', command)
+    agent.stop(signal.SIGKILL)
+    work = home / 'Work'
+    (work / 'foreign').mkdir()
+    (work / 'original').mkdir()
+    (work / 'original' / 'Bootstrap.sh').write_text('')
+    (work / 'link').symlink_to(str(outside))
+    two_days_ago = time.time() - 2 * 86400
+    for ticket in (old, running, 'original'):
+        for path in [work / ticket / 'Output.log', work / ticket / 'Bootstrap.sh']:
+            if path.exists():
+                os.utime(str(path), (two_days_ago, two_days_ago))
+    agent = Agent(home, '--trust', keys['server'].thumbprint)
+    try:
+        left = sorted([young, running, 'foreign', 'link'])
+        eventually(lambda: sorted(os.listdir(str(work))) == left)
+        assert os.listdir(str(outside)) == ['kept']
+        with tentacle.TentacleClient(agent.endpoint, keys['server']) as client:
+            status = v2(client, 'GetStatus', about(tentacle.ScriptStatusRequestV2, old))
+            assert status.exit_code == -45
+            completed(client, running)
+    finally:
+        agent.stop()
 
 
 # ---- 14. Tentacle services -----------------------------------------------------------------------
