@@ -2134,7 +2134,9 @@ def test_a_script_has_no_descriptor_of_ours_and_default_signals(client):
         'ls /proc/self/fd | wc -l; cat; grep SigIgn /proc/self/status; exec 2>&-', lines.append
     )
     own = [line.text for line in lines if not line.remark]
-    assert own == ['4', 'SigIgn:\t0000000000000000']  # 0, 1, 2 and that of ls itself
+    assert own[0] == '4'  # 0, 1, 2 and that of ls itself
+    # Signals from 32 on are the C library's own: some programs that start us ignore them.
+    assert int(own[1].split()[1], 16) & 0x7FFFFFFF == 0
 
 
 def test_environment_of_a_script(client, shared_agent):
