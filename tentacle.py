@@ -766,7 +766,7 @@ class Aes:
 
 
 def encrypt_script_file(source: BinaryIO, target: BinaryIO, password: str) -> None:
-    """Copy a file as the original keeps sensitive ones: `IV__`, the IV, AES-128-CBC (wire notes 4)."""
+    """Copy a file as the original keeps sensitive ones: `IV__`, IV, AES-128-CBC (wire notes 4)."""
     aes = Aes(hashlib.pbkdf2_hmac('sha1', password.encode(), b'Octopuss', 1000, 16))
     previous = secrets.token_bytes(16)
     target.write(b'IV__' + previous)
@@ -2492,7 +2492,10 @@ class ServiceRegistry:
 #                  soon as whoever had it is gone, however that came
 #     started      there once the script's process is about to be made: never made again
 #     cancel       there once it is to be cancelled; a byte into the FIFO `control` says so at once
-#     result       the exit code; renamed into place as the supervisor's last act
+#     result       exit code and number of lost lines; there as the supervisor's last act
+#
+# The last three are renamed into place, from files made ahead, so that a full disk can not keep
+# them from coming.
 #
 # So who finds a free lock knows: with `result` the script has ended, with `started` alone nobody
 # knows how, and without both it never ran and may be started. No process id is ever kept.
@@ -2512,8 +2515,8 @@ UNKNOWN_TICKET_EXIT_CODE = -45
 UNKNOWN_RESULT_EXIT_CODE = -46
 
 _TICKET_PATTERN = re.compile(r'[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}\Z')
-_PIPE_STEP = 1 << 16
-_MOST_IN_A_PIPE = 1 << 20  # what Linux lets an ordinary user make of a pipe
+_PIPE_STEP = 1 << 16  # what a pipe holds on Linux
+_MOST_LAST_STEPS = 4  # read from a pipe after its script's end: a child may fill it for ever
 
 
 def check_ticket(task_id: Optional[str]) -> str:
@@ -2563,10 +2566,19 @@ def remove_tree(path: str) -> None:
     import shutil
 
     shutil.rmtree(path, ignore_errors=True)
+    if not os.path.lexists(path):
+        return
+    for folder, names, _ in os.walk(path):  # folders that their owner may not write, at first
+        for name in names:
+            if not os.path.islink(os.path.join(folder, name)):
+                os.chmod(os.path.join(folder, name), 0o700)
+    shutil.rmtree(path, ignore_errors=True)
 
 
 class Workspace:
     """The folder `<home>/Work/<ticket>` of one script."""
+
+    _RESULT_SIZE = 40
 
     def __init__(self, root: str, ticket: str):
         self.ticket = check_ticket(ticket)
@@ -2581,11 +2593,11 @@ class Workspace:
     def has(self, name: str) -> bool:
         return os.path.exists(self.inner(name))
 
-    def mark(self, name: str) -> bool:
-        """Make an empty file in our own folder; False when it was there already."""
+    def turn_up(self, name: str) -> bool:
+        """Have a file be there that was made ahead; False when it was there already."""
         try:
-            os.close(os.open(self.inner(name), os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
-        except FileExistsError:
+            os.rename(self.inner(name + '.new'), self.inner(name))
+        except FileNotFoundError:
             return False
         return True
 
@@ -2602,13 +2614,16 @@ class Workspace:
         for script_file in spec.files:
             self._write_file(script_file)
         os.mkfifo(self.inner('control'), 0o600)
+        for name in ('started.new', 'cancel.new', 'result.new'):
+            with open(self.inner(name), 'w', encoding='utf-8') as file:
+                file.write(' ' * self._RESULT_SIZE)
         state = spec._replace(body='', files=[])._asdict()
         # A wait for the mutex goes on after a restart, with the time that is left.
         state['mutex_deadline'] = time.time() + spec.mutex_timeout if spec.mutex_timeout else None
         state['created'] = time.time()
-        with open(self.inner('state.new'), 'w', encoding='utf-8') as file:
+        with open(self.inner('state.json.new'), 'w', encoding='utf-8') as file:
             json.dump(state, file)
-        os.rename(self.inner('state.new'), self.inner('state.json'))
+        self.turn_up('state.json')
 
     def _write_file(self, file: ScriptFile) -> None:
         """Put a file beside the script. Raises ServiceError for a name that leads elsewhere."""
@@ -2630,23 +2645,22 @@ class Workspace:
         with open(self.inner('state.json'), encoding='utf-8') as file:
             return json.load(file)
 
-    def result(self) -> Optional[int]:
-        """The exit code, or None while there is none."""
+    def result(self) -> Optional[Tuple[int, int]]:
+        """(exit code, lines lost from the log), or None while there is no result."""
         try:
             with open(self.inner('result'), encoding='utf-8') as file:
-                return int(file.read())
+                exit_code, lost = file.read().split()
+            return int(exit_code), int(lost)
         except (OSError, ValueError):
             return None
 
-    def write_result_space(self) -> None:
-        """Take the disk space of a result ahead of time, so that a full disk can not hide it."""
-        with open(self.inner('result.new'), 'w', encoding='utf-8') as file:
-            file.write(' ' * 20)
-
-    def write_result(self, exit_code: int) -> None:
+    def write_result(self, exit_code: int, lost: int = 0) -> None:
+        """Raises OSError."""
+        text = '%d %d' % (exit_code, lost)
+        os.makedirs(self.inner(''), exist_ok=True)  # a script may have removed its own workspace
         with open(self.inner('result.new'), 'r+' if self.has('result.new') else 'w') as file:
-            file.write('%-19d\n' % exit_code)
-        os.rename(self.inner('result.new'), self.inner('result'))
+            file.write(text.ljust(self._RESULT_SIZE - 1) + '\n')
+        self.turn_up('result')
 
     def lock(self, wait: bool = False) -> Optional[int]:
         """Take the lock; a descriptor that holds it, or None when another has it."""
@@ -2662,7 +2676,7 @@ class Workspace:
 
     def ask_to_cancel(self) -> None:
         """Leave word for the supervisor, and wake it where it listens."""
-        self.mark('cancel')
+        self.turn_up('cancel')
         try:
             control = os.open(self.inner('control'), os.O_WRONLY | os.O_NONBLOCK)
         except OSError:
@@ -2690,8 +2704,10 @@ class Workspace:
 
 def _checked(entry: Any) -> LogEntry:
     source, occurred, text = entry
-    if source not in (STDOUT, STDERR, DEBUG) or type(occurred) is not int or type(text) is not str:
+    if source not in (STDOUT, STDERR, DEBUG) or type(text) is not str:
         raise ValueError('not an entry of ours')
+    if type(occurred) is not int or not 0 <= occurred < 1 << 60:
+        raise ValueError('not a time of ours')
     return LogEntry(source, occurred, text)
 
 
@@ -2712,6 +2728,10 @@ def _entries_of(lines: List[bytes]) -> List[LogEntry]:
         return [_entry_of(line) for line in lines]
 
 
+def lines_were_lost(count: int) -> str:
+    return '%d lines were lost here: the log could not be written' % count
+
+
 class LogWriter:
     """Appends to a script's log: one JSON array `[source, milliseconds, text]` a line.
 
@@ -2721,20 +2741,20 @@ class LogWriter:
 
     def __init__(self, path: str):
         self._file = open(path, 'ab', buffering=0)
-        self._dropped = 0
+        self.lost = 0  #: lines that could not be written, and of which the log does not say so
 
     def append(self, source: int, texts: List[str]) -> None:
         now = int(time.time() * 1000)
         head = '[%d,%d,' % (source, now)
         quote = json.encoder.encode_basestring_ascii
         encoded = [head + quote(text) + ']\n' for text in texts]
-        if self._dropped:
-            lost = '%d lines were lost here: the log could not be written' % self._dropped
-            encoded.insert(0, '[%d,%d,%s]\n' % (STDERR, now, json.dumps(lost)))
+        if self.lost:
+            head = '[%d,%d,' % (STDERR, now)
+            encoded.insert(0, head + quote(lines_were_lost(self.lost)) + ']\n')
         if self._write(''.join(encoded).encode()):
-            self._dropped = 0
+            self.lost = 0
         else:
-            self._dropped += len(texts)
+            self.lost += len(texts)
 
     def _write(self, data: bytes) -> bool:
         """Write all of it, or nothing."""
@@ -2766,7 +2786,9 @@ class ScriptLog:
         self._path = path
         self._limits = limits
         self._offsets = array('q', [0])  # of the entries 0, 64, 128 ...
+        self._length = 0  # entries, when the end was reached last
         self._lock = threading.Lock()
+        self.last: List[LogEntry] = []  #: what comes after the end of the file
 
     def read(self, after: int) -> Tuple[List[LogEntry], bool]:
         """(the entries after the `after`-th, as many as one answer may hold, whether there are
@@ -2781,7 +2803,9 @@ class ScriptLog:
             ):
                 return _entries_of(lines), True
             lines.append(line)
-        return _entries_of(lines), False
+        with self._lock:
+            given = max(after - self._length, 0)  # of `last`
+        return _entries_of(lines) + self.last[given:], False
 
     def _lines_from(self, number: int) -> Iterator[bytes]:
         """The lines of the file from the entry of that number, counted from 0, on."""
@@ -2791,19 +2815,21 @@ class ScriptLog:
         position = block * self._STRIDE
         try:
             file = open(self._path, 'rb')
-        except FileNotFoundError:
-            return
+        except OSError:
+            return  # the script took it away
         with file:
             file.seek(offset)
             for line in file:
                 if not line.endswith(b'\n'):
-                    return  # still being written
+                    break  # still being written
                 offset += len(line)
                 position += 1
                 if position > number:
                     yield line
                 if position % self._STRIDE == 0:
                     self._remember(position // self._STRIDE, offset)
+        with self._lock:
+            self._length = position
 
     def _remember(self, block: int, offset: int) -> None:
         with self._lock:
@@ -2895,27 +2921,19 @@ PR_SET_CHILD_SUBREAPER = 36
 
 
 def descendants(root: int) -> List[int]:
-    """The process ids below a process, by /proc where there is one."""
-    parents: Dict[int, int] = {}
-    try:
-        names = [name for name in os.listdir('/proc') if name.isdigit()]
-    except OSError:
-        return []
-    for name in names:
-        try:
-            with open('/proc/%s/stat' % name, 'rb') as file:
-                state, parent = file.read().rpartition(b')')[2].split()[:2]
-        except (OSError, ValueError):
-            continue  # it has just ended
-        if state != b'Z':
-            parents[int(name)] = int(parent)
+    """The processes below a process, by Linux' /proc; none where that can not tell."""
     found: List[int] = []
-    for pid in parents:
-        ancestor = pid
-        while ancestor in parents and ancestor != root:
-            ancestor = parents[ancestor]
-        if ancestor == root and pid != root:
-            found.append(pid)
+    parents = [root]
+    while parents:
+        pid = parents.pop()
+        try:
+            for thread in os.listdir('/proc/%d/task' % pid):
+                with open('/proc/%d/task/%s/children' % (pid, thread)) as file:
+                    children = [int(child) for child in file.read().split()]
+                found += children
+                parents += children
+        except OSError:
+            continue  # it has just ended
     return found
 
 
@@ -2927,7 +2945,7 @@ class _Pump:
         self._source = source
         self._log = log
         self._splitter = LineSplitter(line_limit)
-        self._ended = False
+        self.ended = False
         os.set_blocking(pipe.fileno(), False)
 
     def __call__(self, descriptor: int) -> bool:
@@ -2937,8 +2955,8 @@ class _Pump:
         except BlockingIOError:
             return True
         self._take(data, final=not data)
-        self._ended = not data
-        return not self._ended
+        self.ended = not data
+        return not self.ended
 
     def _take(self, data: bytes, final: bool) -> None:
         lines = self._splitter.feed(data, final)
@@ -2946,27 +2964,26 @@ class _Pump:
             self._log.append(self._source, lines)
 
     def finish(self) -> bool:
-        """Take what is in the pipe now, and no more than fits: a child may fill it for ever.
-        Whether the pipe has ended.
-        """
+        """Take what is in the pipe now; whether it has ended."""
         descriptor = self.pipe.fileno()
-        for _ in range(_MOST_IN_A_PIPE // _PIPE_STEP):
-            if self._ended:
+        for _ in range(_MOST_LAST_STEPS):
+            if self.ended:
                 return True
             try:
                 data = os.read(descriptor, _PIPE_STEP)
             except BlockingIOError:
                 break
             self._take(data, final=not data)
-            self._ended = not data
+            self.ended = not data
         self._take(b'', final=True)
-        return self._ended
+        return self.ended
 
 
 class _Supervisor:
     """Runs one script in its workspace and sees it through: a single-threaded process's life."""
 
-    _LAST_RESORT = 5.0  # seconds after SIGKILL: who is stuck in the kernel then is given up
+    _LAST_RESORT = 5.0  # seconds of SIGKILL: who is stuck in the kernel then is given up
+    _LAST_WORDS = 0.3  # seconds for what a script's pipes still carry at its end, as with `>(tee)`
 
     def __init__(self, prctl: Callable[..., Any]):
         """What can be done before the request is known; nothing that it would cost time later."""
@@ -2982,7 +2999,8 @@ class _Supervisor:
         self._process: Any = None  # subprocess.Popen; reaped at the very end
         self._exit_code: Optional[int] = None
         self._cancelled_at: Optional[float] = None
-        self._killed = False
+        self._reaped = False
+        self._killing = False
         self._grace = 0.0
 
     def run(self, request: Dict[str, Any], lock: int) -> None:
@@ -2990,10 +3008,9 @@ class _Supervisor:
         workspace = Workspace(request['work'], request['ticket'])
         log = LogWriter(workspace.log_path)
         self._grace = request['grace']
-        workspace.write_result_space()
         control = os.open(workspace.inner('control'), os.O_RDWR | os.O_NONBLOCK)
         self._selector.register(control, selectors.EVENT_READ, self._on_control)
-        if not workspace.mark('started'):
+        if not workspace.turn_up('started'):
             return  # somebody has been here: never a second time
         if workspace.has('cancel'):
             exit_code = CANCELED_EXIT_CODE
@@ -3001,7 +3018,7 @@ class _Supervisor:
             exit_code = self._run_script(request, workspace, log)
         text = 'Process %s in %s exited with code %d'
         log.append(DEBUG, [text % (request['command'][0], workspace.path, exit_code)])
-        workspace.write_result(exit_code)
+        workspace.write_result(exit_code, log.lost)
         os.close(lock)
 
     def _run_script(self, request: Dict[str, Any], workspace: Workspace, log: LogWriter) -> int:
@@ -3027,9 +3044,10 @@ class _Supervisor:
         for pump in pumps:
             self._selector.register(pump.pipe, selectors.EVENT_READ, pump)
         self._follow()
+        self._hear_last_words(pumps)
         open_pumps = [pump for pump in pumps if not pump.finish()]
-        if self._exit_code is not None:
-            process.wait()
+        self._has_children()
+        process.returncode = self._exit_code  # reaped: nothing is left to do for `subprocess`
         if open_pumps and self._cancelled_at is None:
             text = (
                 'The script has left processes behind that hold its output; what they write from '
@@ -3040,38 +3058,68 @@ class _Supervisor:
     def _follow(self) -> None:
         """Wait for the script's end; for that of all its descendants, when it was cancelled."""
         while not self._is_over():
-            for key, _ in self._selector.select(self._until_next_step()):
-                if key.data(key.fd) is False:
-                    self._selector.unregister(key.fileobj)
+            self._step(self._until_next_step())
             self._press_on()
+
+    def _step(self, seconds: Optional[float]) -> None:
+        """Wait for something to happen, no longer than that, and deal with it."""
+        for key, _ in self._selector.select(seconds):
+            if key.data(key.fd) is False:
+                self._selector.unregister(key.fileobj)
+
+    def _hear_last_words(self, pumps: List[_Pump]) -> None:
+        """Let those who still hold the pipes finish what they say, if they do so at once."""
+        until = time.monotonic() + self._LAST_WORDS
+        steps = 0
+        while self._cancelled_at is None and not all(pump.ended for pump in pumps):
+            left = until - time.monotonic()
+            if left <= 0 or steps >= _MOST_LAST_STEPS:
+                return
+            steps += 1
+            self._step(left)
 
     def _is_over(self) -> bool:
         if self._cancelled_at is None:
             return self._exit_code is not None
-        if self._killed and time.monotonic() > self._cancelled_at + self._grace + self._LAST_RESORT:
+        if time.monotonic() > self._cancelled_at + self._grace + self._LAST_RESORT:
             return True
-        return self._exit_code is not None and not descendants(os.getpid())
+        return self._exit_code is not None and not self._has_children()
+
+    def _has_children(self) -> bool:
+        """Reap what has ended. Each living descendant is below a child of ours, so without any
+        child there is no descendant: more than a look at /proc could say.
+        """
+        self._reaped = True  # the script too: its id may be another's from now on
+        try:
+            while os.waitpid(-1, os.WNOHANG)[0]:
+                pass
+        except ChildProcessError:
+            return False
+        return True
 
     def _until_next_step(self) -> Optional[float]:
         if self._cancelled_at is None:
             return None
-        step = self._grace + (self._LAST_RESORT if self._killed else 0)
-        return max(self._cancelled_at + step - time.monotonic(), 0.01)
+        if self._killing:
+            return 0.02
+        return max(self._cancelled_at + self._grace - time.monotonic(), 0)
 
     def _press_on(self) -> None:
-        """SIGKILL to what has not ended in its time of grace."""
-        if self._cancelled_at is None or self._killed:
+        """SIGKILL to what has not ended in its time of grace, until nothing is left."""
+        if self._cancelled_at is None or time.monotonic() < self._cancelled_at + self._grace:
             return
-        if time.monotonic() >= self._cancelled_at + self._grace:
-            self._killed = True
-            for _ in range(10):  # what forks meanwhile is in the next look
-                if not self._signal_all(signal.SIGKILL):
-                    break
+        self._killing = True
+        until = time.monotonic() + 0.1
+        while self._signal_all(signal.SIGKILL) and time.monotonic() < until:
+            pass  # what is forked meanwhile is killed in the next round
 
     def _signal_all(self, number: int) -> int:
-        """Signal the script's group and all descendants; how many there were."""
+        """Signal the script's group and all descendants; how many these were."""
         found = descendants(os.getpid())
-        for send, pid in [(os.killpg, self._process.pid)] + [(os.kill, pid) for pid in found]:
+        targets = [(os.kill, pid) for pid in found]
+        if not self._reaped:
+            targets.insert(0, (os.killpg, self._process.pid))
+        for send, pid in targets:
             try:
                 send(pid, number)
             except (ProcessLookupError, PermissionError):
@@ -3087,7 +3135,7 @@ class _Supervisor:
     def _on_child(self, descriptor: int) -> None:
         """Reap what has ended, but the script itself: its id must stay its own while we use it."""
         os.read(descriptor, 4096)
-        while self._exit_code is None:
+        while self._exit_code is None and not self._reaped:
             try:
                 ended = os.waitid(os.P_ALL, 0, os.WEXITED | os.WNOHANG | os.WNOWAIT)
             except ChildProcessError:
@@ -3360,7 +3408,8 @@ class RunningScript:
 
     def cancel(self) -> None:
         """End it: out of the queue, or by signals; returns at once."""
-        if self._ended.is_set():
+        self.prepared.wait()
+        if self._ended.is_set() or self.failure is not None:
             return
         if self._runner.mutex.withdraw(self):
             self._end_waiting(
@@ -3373,8 +3422,8 @@ class RunningScript:
 
     def prepare(self) -> None:
         """Write the workspace. Raises ServiceError, OSError."""
+        self.workspace.create()
         try:
-            self.workspace.create()
             self._hold = self.workspace.lock()
             isolation = 'FullIsolation' if self.spec.isolation == FULL_ISOLATION else 'NoIsolation'
             text = 'Acquiring isolation mutex %s with %s in %s'
@@ -3387,13 +3436,14 @@ class RunningScript:
             raise
 
     def write_log(self, source: int, texts: List[str]) -> None:
-        """Log lines of our own, cut like those of a script; while no supervisor does."""
+        """Log lines of our own, cut like a script's, while no supervisor does. Never raises."""
         limit = self._runner.limits.log_line
-        writer = LogWriter(self.workspace.log_path)
         try:
+            writer = LogWriter(self.workspace.log_path)
             writer.append(source, [printable(text, limit) for text in texts])
-        finally:
             writer.close()
+        except OSError as error:
+            logger.warning('The log of script %s can not be written: %s', self.spec.ticket, error)
 
     def start_timer(self, deadline: Optional[float]) -> None:
         """Have a wait for the mutex end at a moment of `time.time`; None = never."""
@@ -3430,10 +3480,10 @@ class RunningScript:
             request = self._runner.request_for(self)
             self._runner.launcher.launch(request, self._take_hold())
         except Exception as error:
-            self._let_go()
             logger.error('Script %s could not be started: %s', self.spec.ticket, error)
-            self.write_log(STDERR, ['The script could not be started: %s' % error])
-            self.workspace.write_result(FATAL_EXIT_CODE)
+            self._end_unstarted(FATAL_EXIT_CODE, 'The script could not be started: %s' % error)
+            self._runner.mutex.leave(self)
+            return
         self.watch()
 
     def watch(self) -> None:
@@ -3451,45 +3501,46 @@ class RunningScript:
             self.hold(hold)  # it never ran: launcher or supervisor died ahead of that
             self.launch()
             return
+        if result is None:
+            result = UNKNOWN_RESULT_EXIT_CODE, 0
+            self.write_log(STDERR, ['The result of the script is unknown: its supervisor is gone'])
+            self._write_result(UNKNOWN_RESULT_EXIT_CODE)
         if hold is not None:
             os.close(hold)
-        if result is None:
-            result = UNKNOWN_RESULT_EXIT_CODE
-            self._note_lost_result()
-        self._end(result)
+        self.end_as_found(*result)
+        logger.info('Script %s ended with exit code %d', self.spec.ticket, result[0])
         self._runner.mutex.leave(self)
-
-    def _note_lost_result(self) -> None:
-        try:
-            self.write_log(STDERR, ['The result of the script is unknown: its supervisor is gone'])
-            self.workspace.write_result(UNKNOWN_RESULT_EXIT_CODE)
-        except OSError as error:
-            logger.warning('Script %s left no trace: %s', self.spec.ticket, error)
 
     def _time_out(self) -> None:
         if self._runner.mutex.withdraw(self):
             text = 'The script waited %g s for the isolation mutex %s, as long as it may'
-            self._end_waiting(
-                TIMED_OUT_EXIT_CODE, text % (self.spec.mutex_timeout, self.spec.mutex_name)
-            )
+            text %= (self.spec.mutex_timeout, self.spec.mutex_name)
+            self._end_waiting(TIMED_OUT_EXIT_CODE, text)
 
     def _end_waiting(self, exit_code: int, text: str) -> None:
-        """An end without a start."""
-        with self._lock:
-            self._stop_timer()
         holder = '; %s still runs' % ', '.join(self._told) if self._told else ''
-        self.write_log(STDOUT, [text + holder])
-        self.workspace.write_result(exit_code)
-        self._let_go()
-        self._end(exit_code)
-
-    def _end(self, exit_code: int) -> None:
-        self._exit_code = exit_code
-        self._ended.set()
+        self._end_unstarted(exit_code, text + holder)
         logger.info('Script %s ended with exit code %d', self.spec.ticket, exit_code)
 
-    def end_as_found(self, exit_code: int) -> None:
-        """It had ended before this agent started."""
+    def _end_unstarted(self, exit_code: int, text: str) -> None:
+        """An end without a start, that is known to the next agent too. Never raises."""
+        with self._lock:
+            self._stop_timer()
+        self.write_log(STDOUT, [text])
+        self._write_result(exit_code)
+        self._let_go()
+        self.end_as_found(exit_code)
+
+    def _write_result(self, exit_code: int) -> None:
+        try:
+            self.workspace.write_result(exit_code)
+        except OSError as error:
+            logger.error('The result of script %s can not be kept: %s', self.spec.ticket, error)
+
+    def end_as_found(self, exit_code: int, lost: int = 0) -> None:
+        """It has ended, with lines lost at the end of its log."""
+        if lost:
+            self.log.last = [LogEntry(STDERR, int(time.time() * 1000), lines_were_lost(lost))]
         self._exit_code = exit_code
         self._ended.set()
 
@@ -3568,6 +3619,8 @@ class ScriptRunner:
             return script
         try:
             script.prepare()
+            logger.info('Script %s of %s starts', spec.ticket, printable(spec.task_id))
+            self.mutex.enter(script)
         except Exception as error:
             script.failure = error
             with self._lock:
@@ -3575,8 +3628,6 @@ class ScriptRunner:
             raise
         finally:
             script.prepared.set()
-        logger.info('Script %s of %s starts', spec.ticket, printable(spec.task_id))
-        self.mutex.enter(script)
         script.start_timer(time.time() + spec.mutex_timeout if spec.mutex_timeout else None)
         return script
 
@@ -3653,7 +3704,7 @@ class ScriptRunner:
         result = workspace.result()
         hold = None if result is not None else workspace.lock()
         if result is not None:
-            script.end_as_found(result)
+            script.end_as_found(*result)
         elif hold is None or workspace.has('started'):
             if hold is not None:
                 os.close(hold)
@@ -5596,7 +5647,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             return 2  # without standard streams nobody could be told anything
         stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
     if argv is None and sys.argv[1:] == ['_launcher']:
-        run_launcher(socket.socket(fileno=os.dup(0)))
+        channel = socket.socket(fileno=os.dup(0))
+        os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # or each supervisor would keep it open
+        run_launcher(channel)
         return 0
     verb, arguments = _parse_command_line(list(sys.argv[1:] if argv is None else argv))
     if verb is None:

@@ -2315,6 +2315,23 @@ def launchers(agent):
     return found
 
 
+def kill_one_of(agent, chance):
+    """Kill the launcher, or a supervisor that waits for a request; whether there was one."""
+    victims = launchers(agent)
+    with contextlib.suppress(IndexError, OSError):
+        pid = chance.choice([victims[0], victims[-1]])
+        if pid != victims[0]:
+            os.kill(pid, signal.SIGSTOP)  # so that it takes no request while we look
+            names = os.listdir('/proc/%d/fd' % pid)
+            held = [os.readlink('/proc/%d/fd/%s' % (pid, name)) for name in names]
+            if any('Work' in path for path in held):
+                os.kill(pid, signal.SIGCONT)
+                return False
+        os.kill(pid, signal.SIGKILL)
+        return True
+    return False
+
+
 def test_scripts_outlive_a_launcher_that_is_killed(tmp_path, keys):
     """24 scripts while launchers and the supervisors in waiting are killed all the time."""
     agent = Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint)
@@ -2323,11 +2340,9 @@ def test_scripts_outlive_a_launcher_that_is_killed(tmp_path, keys):
     kills = []
 
     def kill():
-        while len(kills) < 20 and not done.wait(0.15 + chance.random() * 0.3):
-            for pid in launchers(agent)[:1]:
-                with contextlib.suppress(ProcessLookupError):
-                    os.kill(pid, signal.SIGKILL)
-                    kills.append(pid)
+        while len(kills) < 20 and not done.wait(0.15 + chance.random() * 0.2):
+            if kill_one_of(agent, chance):
+                kills.append(1)
 
     def start(ticket):
         command = start_command(counting_script(ticket), ticket, duration_to_wait=None)
@@ -2378,8 +2393,9 @@ def test_a_killed_supervisor_leaves_an_unknown_result_and_the_log_so_far(shared_
         os.unlink(os.path.join(shared_agent.home, 'runs-' + ticket))
 
 
-def test_the_mutex_is_held_and_waited_for_across_a_restart(tmp_path, keys):
-    """20 pairs, each with a mutex of its own: one runs, one waits when the agent is killed."""
+@pytest.mark.parametrize('victim', ['agent', 'launcher'])
+def test_the_mutex_is_held_and_waited_for_across_a_kill(tmp_path, keys, victim):
+    """20 pairs, each with a mutex of its own: one runs, one waits when somebody is killed."""
     agents = [Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint)]
     pairs = [(tentacle.new_ticket(), tentacle.new_ticket()) for _ in range(20)]
     gate = os.path.join(agents[0].home, 'gate')
@@ -2394,19 +2410,22 @@ def test_the_mutex_is_held_and_waited_for_across_a_restart(tmp_path, keys):
             assert status.state == tentacle.PENDING
 
     in_threads(start, pairs)
-    agents[0].stop(signal.SIGKILL)
-    agents.append(Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint))
+    if victim == 'agent':
+        agents[0].stop(signal.SIGKILL)
+        agents[0] = Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint)
+    else:
+        os.kill(launchers(agents[0])[0], signal.SIGKILL)
     try:
-        with tentacle.TentacleClient(agents[1].endpoint, keys['server']) as client:
+        with tentacle.TentacleClient(agents[0].endpoint, keys['server']) as client:
             for first, second in pairs:
                 request = about(tentacle.ScriptStatusRequestV2, second)
                 assert v2(client, 'GetStatus', request).state == tentacle.PENDING
         open(gate, 'w').close()
         for first, second in pairs:
-            assert end_of(lambda: agents[1], keys, first) == (['line 1'], 1)
-            assert end_of(lambda: agents[1], keys, second) == (['line 2'], 2)
+            assert end_of(lambda: agents[0], keys, first) == (['line 1'], 1)
+            assert end_of(lambda: agents[0], keys, second) == (['line 2'], 2)
     finally:
-        agents[1].stop()
+        agents[0].stop()
 
 
 def test_a_kill_during_complete_leaves_all_or_nothing(tmp_path, keys):
@@ -2546,15 +2565,23 @@ def test_no_isolation_runs_beside_no_isolation(client):
 
 def test_a_child_that_writes_for_ever_does_not_delay_the_end(client):
     ticket = tentacle.new_ticket()
-    status = v2(client, 'StartScript', start_command('yes & echo $!; exit 3', ticket))
-    pids = [text for text in texts(status) if text.isdigit()]
-    if status.state != tentacle.COMPLETE:
-        status = finished(client, ticket)
-    last = v2(client, 'GetStatus', about(tentacle.ScriptStatusRequestV2, ticket, 10**9))
-    assert (last.state, last.exit_code) == (tentacle.COMPLETE, 3)
-    del pids
+    v2(client, 'StartScript', start_command('yes & exit 3', ticket, duration_to_wait=None))
+    request = about(tentacle.ScriptStatusRequestV2, ticket, 10**9)
+
+    def ended():
+        status = v2(client, 'GetStatus', request)
+        return status if status.state == tentacle.COMPLETE else None
+
+    assert eventually(ended, 5).exit_code == 3
     eventually(lambda: not processes_named('yes'))  # nobody reads: SIGPIPE ends it
     completed(client, ticket)
+
+
+def test_what_a_process_substitution_writes_is_not_lost(client):
+    for _ in range(10):
+        lines = []
+        client.run_script('exec > >(cat) 2>&1; echo hello; echo world', lines.append)
+        assert [line.text for line in lines if not line.remark] == ['hello', 'world']
 
 
 def processes_named(name):
@@ -2591,7 +2618,7 @@ def test_cancel_finds_those_who_left_the_session(client, escape):
     v2(client, 'StartScript', start_command(body, ticket, duration_to_wait=None))
     request = about(tentacle.ScriptStatusRequestV2, ticket)
     eventually(lambda: 'started' in texts(v2(client, 'GetStatus', request)))
-    assert len(eventually(lambda: processes_with(mark))) >= 2
+    eventually(lambda: len(processes_with(mark)) >= 2)
     v2(client, 'CancelScript', about(tentacle.CancelScriptCommandV2, ticket))
     assert finished(client, ticket).exit_code == -1
     assert processes_with(mark) == []
@@ -2665,6 +2692,129 @@ def test_old_workspaces_are_cleaned(tmp_path, keys):
             completed(client, running)
     finally:
         agent.stop()
+
+
+def test_a_killed_launcher_delays_nobody_while_a_script_runs(client, shared_agent):
+    ticket = tentacle.new_ticket()
+    v2(client, 'StartScript', start_command('sleep 1000', ticket, duration_to_wait=None))
+    for pid in launchers(shared_agent)[:1]:
+        os.kill(pid, signal.SIGKILL)
+    assert client.run_script('exit 5', lambda line: None) == 5
+    completed(client, ticket)
+
+
+HOPPING = """
+import os, signal, time
+signal.signal(signal.SIGTERM, signal.SIG_IGN)
+if os.fork() == 0:
+    os.setsid()
+    end = time.time() + 60
+    while time.time() < end:
+        if os.fork():
+            os._exit(0)
+        time.sleep(0.002)
+    os._exit(0)
+print('started', flush=True)
+time.sleep(1000)
+"""
+
+
+def test_cancel_ends_a_process_that_hops_from_fork_to_fork(client):
+    mark, ticket = 'MARK' + tentacle.new_ticket(), tentacle.new_ticket()
+    body = 'export %s=1; exec %s -c %s' % (mark, sys.executable, shlex.quote(HOPPING))
+    v2(client, 'StartScript', start_command(body, ticket, duration_to_wait=None))
+    request = about(tentacle.ScriptStatusRequestV2, ticket)
+    eventually(lambda: 'started' in texts(v2(client, 'GetStatus', request)))
+    v2(client, 'CancelScript', about(tentacle.CancelScriptCommandV2, ticket))
+    assert finished(client, ticket).exit_code == -1
+    for _ in range(20):
+        assert processes_with(mark) == []
+    completed(client, ticket)
+
+
+def test_a_cancel_that_meets_the_start_is_not_lost(shared_agent, keys, client):
+    holder = tentacle.new_ticket()
+    held = {'isolation': 1, 'mutex_name': holder, 'duration_to_wait': None}
+    v2(client, 'StartScript', start_command('sleep 1000', holder, **held))
+
+    def play(number):
+        ticket = tentacle.new_ticket()
+        with tentacle.TentacleClient(shared_agent.endpoint, keys['server']) as starter:
+            command = start_command('exit 9', ticket, **held)
+            start = threading.Thread(target=v2, args=(starter, 'StartScript', command))
+            start.start()
+            with tentacle.TentacleClient(shared_agent.endpoint, keys['server']) as canceller:
+                cancel = about(tentacle.CancelScriptCommandV2, ticket)
+                while v2(canceller, 'CancelScript', cancel).exit_code == -45:
+                    pass
+                assert finished(canceller, ticket).exit_code == -43
+                start.join()
+                completed(canceller, ticket)
+        good.append(number)
+
+    good = []
+    in_threads(play, range(20))
+    assert len(good) == 20
+    completed(client, holder)
+
+
+def test_a_script_that_can_not_be_launched_holds_up_nobody(client, shared_agent):
+    name = tentacle.new_ticket()
+    held = {'isolation': 1, 'mutex_name': name, 'duration_to_wait': None}
+    tickets = [tentacle.new_ticket() for _ in range(3)]
+    first = 'sleep 0.5; rm -rf ../%s' % tickets[1]
+    for ticket, body in zip(tickets, (first, 'exit 1', 'exit 2')):
+        v2(client, 'StartScript', start_command(body, ticket, **held))
+    codes = [finished(client, ticket).exit_code for ticket in tickets]
+    assert codes in ([0, -41, 2], [0, -46, 2])
+    completed(client, *tickets)
+
+
+@pytest.mark.parametrize(
+    'body, code',
+    [
+        ('rm -rf .tentacle; exit 5', 5),
+        ('rm -rf "$PWD"; exit 5', 5),
+        ('rm Output.log; mkdir Output.log; exit 5', 5),
+        ("echo '[0,9999999999999999999999,\"x\"]' >> Output.log; exit 5", 5),
+        ("echo '[0,1,\"\\ud800\"]' >> Output.log; exit 5", 5),
+        ('mkdir ro; echo x > ro/f; chmod 555 ro; exit 5', 5),
+    ],
+)
+def test_a_script_that_spoils_its_workspace(client, shared_agent, body, code):
+    ticket = tentacle.new_ticket()
+    v2(client, 'StartScript', start_command(body, ticket))
+    assert finished(client, ticket).exit_code == code
+    completed(client, ticket)
+    assert ticket not in os.listdir(os.path.join(shared_agent.home, 'Work'))
+
+
+def test_a_folder_that_is_not_ours_is_left_alone(client, shared_agent):
+    precious = os.path.join(shared_agent.home, 'Work', 'precious')
+    os.makedirs(os.path.join(precious, 'sub'))
+    with pytest.raises(tentacle.ServiceError):
+        v2(client, 'StartScript', start_command('true', 'precious'))
+    assert os.listdir(precious) == ['sub']
+    shutil.rmtree(precious)
+
+
+def bare_spec(ticket):
+    return tentacle.ScriptSpec(ticket, '', '', 0, 'm', 0, [], '')
+
+
+def test_lines_lost_at_the_end_are_told_of(tmp_path):
+    """The disk stays full: the result says how many lines are missing."""
+    workspace = tentacle.Workspace(str(tmp_path), 'ticket')
+    workspace.create()
+    workspace.write_result(3, lost=12)
+    assert workspace.result() == (3, 12)
+    runner = tentacle.ScriptRunner(str(tmp_path), dict)
+    script = tentacle.RunningScript(bare_spec('ticket'), workspace, runner)
+    write_log(workspace.log_path, 0, ['one', 'two'])
+    script.end_as_found(*workspace.result())
+    texts_after = [[entry.text for entry in script.log.read(after)[0]] for after in range(5)]
+    lost = '12 lines were lost here: the log could not be written'
+    assert texts_after == [['one', 'two', lost], ['two', lost], [lost], [], []]
 
 
 # ---- 14. Tentacle services -----------------------------------------------------------------------
@@ -3122,7 +3272,7 @@ def test_a_request_that_may_have_run_is_never_sent_twice(keys):
 
 
 def play_captured(name):
-    """The original's side of a capture: the captured answers, about the ticket and request that came."""
+    """The original's side of a capture: its answers, about the ticket and request that came."""
     conversation = [(who, base64.b64decode(data)) for who, data in CAPTURES[name]]
     answers = {}
     for (_, sent), (_, expected) in zip(conversation[::2], conversation[1::2]):
@@ -3327,12 +3477,15 @@ def test_a_reader_that_leaves_cancels_the_script(dispatcher, shared_agent):
 # ---- 18. Configuration ---------------------------------------------------------------------------
 
 ORIGINALS_SETTINGS = '''\ufeff<?xml version="1.0" encoding="utf-8"?>
-<octopus-settings xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" xmlns:xsd="http://www.w3.org/2001/XMLSchema">
+<octopus-settings xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance"
+ xmlns:xsd="http://www.w3.org/2001/XMLSchema">
   <set key="Octopus.Home">/srv/tentacle-a/home</set>
   <set key="Octopus.Server.Proxy.ProxyHost">proxy.example</set>
   <set key="Someone.Else">a &lt;b&gt; &amp; "c" ✓</set>
   <set key="Tentacle.CertificateThumbprint">6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3</set>
-  <set key="Tentacle.Communication.TrustedOctopusServers">[{"Thumbprint":"6B674AA1DA6D1D7D7AA4D3241534DC01448A6E74","CommunicationStyle":1,"Address":null,"Squid":null,"SubscriptionId":null}]</set>
+  <set key="Tentacle.Communication.TrustedOctopusServers">[{
+"Thumbprint":"6B674AA1DA6D1D7D7AA4D3241534DC01448A6E74",
+"CommunicationStyle":1,"Address":null,"Squid":null,"SubscriptionId":null}]</set>
   <set key="Tentacle.Deployment.ApplicationDirectory">/srv/tentacle-a/app</set>
   <set key="Tentacle.Services.NoListen">false</set>
   <set key="Tentacle.Services.PortNumber">10934</set>
@@ -3726,7 +3879,7 @@ def test_demo():
     assert code == 0 and 'Hello from' in out and 'exit code 7' in out and 'Done' in out
 
 
-# ---- Benchmarks: `make bench`, each beside a baseline of the same run ------------------------------
+# ---- Benchmarks: `make bench`, each beside a baseline of the same run ----------------------------
 
 
 def measured(what, unit, value, baseline, goal):
@@ -3837,6 +3990,8 @@ def bench_scripts(agent, client, keys):
 
 def bench_logs(agent, client, keys):
     lines = []
+    client.run_script('true', lines.append)
+    lines.clear()
     started = time.perf_counter()
     output = subprocess.check_output(['bash', '-c', 'seq 1 200000']).splitlines()
     bare = time.perf_counter() - started
@@ -3941,13 +4096,14 @@ def bench():
     with tempfile.TemporaryDirectory(prefix='tentacle-bench-') as folder:
         keys = Keys(folder)
         bench_start_and_idle(folder, keys)
-        agent = Agent(os.path.join(folder, 'agent'), '--trust', keys['server'].thumbprint)
-        try:
-            with tentacle.TentacleClient(agent.endpoint, keys['server']) as client:
-                for part in (bench_calls, bench_scripts, bench_logs, bench_memory_of_scripts):
+        for part in (bench_calls, bench_scripts, bench_logs, bench_memory_of_scripts):
+            home = os.path.join(folder, part.__name__)
+            agent = Agent(home, '--trust', keys['server'].thumbprint)
+            try:
+                with tentacle.TentacleClient(agent.endpoint, keys['server']) as client:
                     part(agent, client, keys)
-        finally:
-            agent.stop()
+            finally:
+                agent.stop()
 
 
 if __name__ == '__main__':
