@@ -101,6 +101,7 @@ from typing import (
     Any,
     BinaryIO,
     Callable,
+    Container,
     Dict,
     FrozenSet,
     Iterable,
@@ -1248,10 +1249,11 @@ class _BsonReader:
     lies beyond the data is an error of `struct` or of the index.
     """
 
-    def __init__(self, data: bytes, elements: int, nesting: int):
+    def __init__(self, data: bytes, elements: int, nesting: int, encoded: Container[str]):
         self._data = data
         self._elements = elements
         self._nesting = nesting
+        self._encoded = encoded
 
     def document(self, at: int, limit: int, depth: int, array: bool) -> Tuple[Any, int]:
         """(dict or list, position after it) of the document at a position, ended by `limit`."""
@@ -1280,6 +1282,11 @@ class _BsonReader:
                 value = data[start + 4 : at - 1].decode()
             elif kind == 16:
                 value, at = _INT32.unpack_from(data, start)[0], start + 4
+            elif kind == 4 and not array and keys[-1] in self._encoded:
+                at = start + _INT32.unpack_from(data, start)[0]
+                if not start + 5 <= at <= end or data[at - 1]:
+                    raise ProtocolError('BSON: an array does not end where it says')
+                value = EncodedArray(data[start:at])
             elif kind == 3 or kind == 4:
                 value, at = self.document(start, end, depth + 1, kind == 4)
             elif kind == 9:
@@ -1316,15 +1323,19 @@ class _BsonReader:
 
 
 def decode_bson(
-    data: bytes, elements: int = LIMITS.response_elements, nesting: int = LIMITS.nesting
+    data: bytes,
+    elements: int = LIMITS.response_elements,
+    nesting: int = LIMITS.nesting,
+    encoded: Container[str] = (),
 ) -> Dict[str, Any]:
     """The one document that the bytes are: dict, list, str, int, float, bool, None, UtcDate, UUID,
-    bytes.
+    bytes. Arrays under the names in `encoded` stay EncodedArray, with nothing but their size checked.
 
     Raises ProtocolError for anything else, and over the budget of elements or nesting.
     """
     try:
-        document, end = _BsonReader(data, elements, nesting).document(0, len(data), 1, False)
+        reader = _BsonReader(data, elements, nesting, encoded)
+        document, end = reader.document(0, len(data), 1, False)
     except (struct.error, IndexError, UnicodeDecodeError, ValueError) as error:
         raise ProtocolError('BSON: %s' % error)
     if end != len(data):
@@ -1698,9 +1709,38 @@ class LogEntries(Kind):
         return EncodedArray(b''.join(parts))
 
     def read(self, value: Any, streams: List[DataStream]) -> List[LogEntry]:
+        if isinstance(value, EncodedArray):
+            try:
+                return list(self._read_encoded(value))
+            except (struct.error, IndexError) as error:
+                raise ValueError('an array of documents (%s)' % error)
         if not isinstance(value, list):
             raise ValueError('an array')
         return [self._read_entry(entry) for entry in value]
+
+    def _read_encoded(self, data: bytes) -> Iterator[LogEntry]:
+        """Entries as all peers write them are taken where they stand, others by the way of BSON."""
+        unpack, end, at = _ENTRY_HEAD.unpack_from, len(data) - 1, 4
+        while at < end:
+            start = data.index(0, at + 1) + 1
+            size, name, source, kind, name2, occurred, name3, length = unpack(data, start)
+            after = start + size
+            if after > end or size < 5 or data[at] != 3:
+                raise ValueError('an array of whole documents')
+            if (
+                name == b'\x10Source\0'
+                and kind == 9
+                and name2 == b'Occurred\0'
+                and name3 == b'\x02Text\0'
+                and size == _ENTRY_HEAD_SIZE + length + 1
+                and data[after - 2 : after] == b'\0\0'
+                and 0 <= source <= DEBUG
+            ):
+                text = data[start + _ENTRY_HEAD_SIZE : after - 2].decode()
+                yield LogEntry(source, occurred, text)
+            else:
+                yield self._read_entry(decode_bson(data[start:after]))
+            at = after
 
     def _read_entry(self, document: Any) -> LogEntry:
         if not isinstance(document, dict):
@@ -2037,7 +2077,7 @@ def read_document(
         except zlib.error as error:
             raise ProtocolError('a message is not DEFLATE: %s' % error)
     stream.unread(inflate.unused_data)
-    return decode_bson(inflated.join(), max_elements, nesting)
+    return decode_bson(inflated.join(), max_elements, nesting, encoded=('Logs',))
 
 
 def message_of(document: Dict[str, Any]) -> Any:

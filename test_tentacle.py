@@ -1490,6 +1490,44 @@ def test_data_streams_are_found_in_the_order_of_the_document():
     ]
 
 
+LOG_ENTRIES = [
+    {'Source': 0, 'Occurred': UtcDate(5), 'Text': 'ü\0\n'},
+    {'Source': 2, 'Occurred': UtcDate(-5), 'Text': ''},
+    {'Text': 'other order', 'Source': 'StdErr', 'Occurred': '1970-01-01T00:00:00.006Z', 'More': 1},
+    {'source': Int64(1), 'OCCURRED': UtcDate(7), 'text': None},
+]
+
+
+def test_log_entries_are_read_in_every_form():
+    expected = [(0, 5, 'ü\0\n'), (2, -5, ''), (1, 6, 'other order'), (1, 7, '')]
+    whole = tentacle.encode_bson({'Logs': LOG_ENTRIES})
+    for encoded in ((), ('Logs',)):
+        value = tentacle.decode_bson(whole, encoded=encoded)['Logs']
+        assert isinstance(value, tentacle.EncodedArray) == bool(encoded)
+        assert tentacle.LogEntries().read(value, []) == expected
+    written = tentacle.LogEntries().write([tentacle.LogEntry(0, 5, 'ü\0\n')], [])
+    assert tentacle.encode_bson({'Logs': written}) == tentacle.encode_bson(
+        {'Logs': LOG_ENTRIES[:1]}
+    )
+    assert tentacle.LogEntries().write([], []) == bson()
+
+
+def test_damaged_log_entries_are_refused_or_read():
+    """No cut or flipped byte does anything but a ValueError or ProtocolError."""
+    whole = tentacle.encode_bson({str(i): entry for i, entry in enumerate(LOG_ENTRIES)})
+    chance = random.Random(2)
+    refused = 0
+    for _ in range(5000):
+        data = bytearray(whole)
+        for _ in range(chance.randint(1, 3)):
+            data[chance.randrange(4, len(data))] = chance.randrange(256)
+        try:
+            tentacle.LogEntries().read(tentacle.EncodedArray(data), [])
+        except (ValueError, tentacle.ProtocolError):
+            refused += 1
+    assert refused > 1000
+
+
 def test_secrets_do_not_show():
     secret = tentacle.Secret('hunter2')
     assert 'hunter2' not in '%s %r {}'.format(secret) % (secret, secret)
