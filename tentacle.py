@@ -1329,7 +1329,7 @@ def decode_bson(
     encoded: Container[str] = (),
 ) -> Dict[str, Any]:
     """The one document that the bytes are: dict, list, str, int, float, bool, None, UtcDate, UUID,
-    bytes. Arrays under the names in `encoded` stay EncodedArray, with nothing but their size checked.
+    bytes. Arrays under the names in `encoded` stay EncodedArray; nothing but their size is checked.
 
     Raises ProtocolError for anything else, and over the budget of elements or nesting.
     """
@@ -2920,7 +2920,8 @@ def split_arguments(text: str) -> List[str]:
     quoted = False
     position = 0
     while position < len(text):
-        slashes, quote, plain, blanks = _ARGUMENT_PART.match(text, position).groups()  # type: ignore
+        part = _ARGUMENT_PART.match(text, position)
+        slashes, quote, plain, blanks = part.groups()  # type: ignore[union-attr]
         position += len(slashes) + len(quote)
         current.append(slashes[: len(slashes) // 2] if quote else slashes)
         if quote and len(slashes) % 2:

@@ -2431,6 +2431,32 @@ def test_a_killed_supervisor_leaves_an_unknown_result_and_the_log_so_far(shared_
         os.unlink(os.path.join(shared_agent.home, 'runs-' + ticket))
 
 
+def test_agent_and_supervisors_killed_together_run_nothing_again(tmp_path, keys):
+    """20 scripts whose supervisors die while no agent looks: unknown results, and one run each."""
+    home = tmp_path / 'home'
+    agent = Agent(home, '--trust', keys['server'].thumbprint)
+    tickets = [tentacle.new_ticket() for _ in range(20)]
+
+    def start(ticket):
+        body = 'echo $PPID > $TentacleHome/parent-%s; %s' % (ticket, counting_script(ticket, 1000))
+        with tentacle.TentacleClient(agent.endpoint, keys['server']) as client:
+            v2(client, 'StartScript', start_command(body, ticket, duration_to_wait=None))
+        eventually(lambda: run_times(agent, ticket))
+
+    in_threads(start, tickets)
+    agent.stop(signal.SIGKILL)
+    for ticket in tickets:
+        os.kill(int(open_bytes(str(home / ('parent-' + ticket)))), signal.SIGKILL)
+    agent = Agent(home, '--trust', keys['server'].thumbprint)
+    try:
+        for ticket in tickets:
+            lines, exit_code = end_of(lambda: agent, keys, ticket)
+            assert exit_code == -46 and lines == ['line %d' % i for i in range(1, len(lines) + 1)]
+            assert run_times(agent, ticket) == 1
+    finally:
+        agent.stop()
+
+
 @pytest.mark.parametrize('victim', ['agent', 'launcher'])
 def test_the_mutex_is_held_and_waited_for_across_a_kill(tmp_path, keys, victim):
     """20 pairs, each with a mutex of its own: one runs, one waits when somebody is killed."""
@@ -3139,6 +3165,19 @@ def test_a_trusted_client_gets_through_500_half_open_connections(shared_agent, k
     tasks = '/proc/%d/task' % shared_agent.process.pid
     if os.path.isdir(tasks):
         eventually(lambda: len(os.listdir(tasks)) < 20)
+
+
+def test_of_too_many_strangers_the_oldest_goes(tmp_path, keys):
+    identity = keys['server']
+    with listening(tmp_path, keys['agent'], [identity.thumbprint], strangers=10) as agent:
+        held = [socket.create_connection(('127.0.0.1', agent.port), 10) for _ in range(40)]
+        try:
+            assert received(held[0]) == b''
+            assert peer_outcome(agent.port, identity, None) == 'served'
+            assert len(agent._listener._strangers) <= 10
+        finally:
+            for sock in held:
+                sock.close()
 
 
 @pytest.mark.parametrize('number', [signal.SIGTERM, signal.SIGINT])
