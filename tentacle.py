@@ -3879,32 +3879,36 @@ class ScriptServiceV2:
             script.wait(min(max(command.duration_to_wait, 0), self._limits.start_wait))
         return _status(ScriptStatusResponseV2, script, 0)
 
-    def _about(self, command: _AboutTicket) -> Tuple[str, Optional[RunningScript]]:
-        ticket = (command.ticket and command.ticket.task_id) or ''
-        return ticket, self._scripts.find(ticket)
+    def _find(self, command: _AboutTicket) -> Optional[RunningScript]:
+        return self._scripts.find((command.ticket and command.ticket.task_id) or '')
 
-    @exposed('GetStatus', ScriptStatusRequestV2)
-    def get_status(self, request: ScriptStatusRequestV2) -> ScriptStatusResponseV2:
-        ticket, script = self._about(request)
+    @staticmethod
+    def _answer(
+        request: _AboutTicketAndLog, script: Optional[RunningScript]
+    ) -> ScriptStatusResponseV2:
         if script is None:
             return ScriptStatusResponseV2(
-                ticket=ScriptTicket(task_id=ticket),
+                ticket=request.ticket,
                 next_log_sequence=request.last_log_sequence,
                 state=COMPLETE,
                 exit_code=UNKNOWN_TICKET_EXIT_CODE,
             )
         return _status(ScriptStatusResponseV2, script, request.last_log_sequence)
 
+    @exposed('GetStatus', ScriptStatusRequestV2)
+    def get_status(self, request: ScriptStatusRequestV2) -> ScriptStatusResponseV2:
+        return self._answer(request, self._find(request))
+
     @exposed('CancelScript', CancelScriptCommandV2)
     def cancel_script(self, command: CancelScriptCommandV2) -> ScriptStatusResponseV2:
-        _, script = self._about(command)
+        script = self._find(command)
         if script is not None:
             script.cancel()
-        return self.get_status(command)
+        return self._answer(command, script)
 
     @exposed('CompleteScript', CompleteScriptCommandV2)
     def complete_script(self, command: CompleteScriptCommandV2) -> None:
-        _, script = self._about(command)
+        script = self._find(command)
         if script is not None:
             self._scripts.forget(script)
 
