@@ -241,7 +241,7 @@ def printable(text: Any, limit: int = 300) -> str:
 
 
 class Secret(str):
-    """Text that must not be shown: `str`, `repr` and formatting give stars, `reveal()` the text."""
+    """Text that must not be shown: `str`, `repr` and formatting give stars, `encode` the text."""
 
     def __repr__(self) -> str:
         return "'***'"
@@ -251,9 +251,6 @@ class Secret(str):
 
     def __format__(self, spec: str) -> str:
         return format('***', spec)
-
-    def reveal(self) -> str:
-        return self[:]
 
 
 def start_thread(name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
@@ -1427,6 +1424,14 @@ class Text(Kind):
         return value
 
 
+class SecretText(Text):
+    """Text that no log or error may show."""
+
+    def read(self, value: Any, streams: List[DataStream]) -> Optional[str]:
+        text = super().read(value, streams)
+        return None if text is None else Secret(text)
+
+
 class Whole(Kind):
     """int32, int64, or a double with an integral value."""
 
@@ -1641,7 +1646,7 @@ class Nested(Kind):
 _SCRIPT_V2 = 'Octopus.Tentacle.Contracts.ScriptServiceV2.%s, Octopus.Tentacle.Contracts'
 _CAPABILITIES = 'Octopus.Tentacle.Contracts.Capabilities.%s, Octopus.Tentacle.Contracts'
 
-NO_ISOLATION, FULL_ISOLATION = 0, 1
+FULL_ISOLATION = 1
 STDOUT, STDERR, DEBUG = 0, 1, 2
 PENDING, RUNNING, COMPLETE = 0, 1, 2
 
@@ -1661,7 +1666,7 @@ class ScriptFile(Contract):
     members = {
         'name': ('Name', Text()),
         'contents': ('Contents', Stream()),
-        'encryption_password': ('EncryptionPassword', Text()),
+        'encryption_password': ('EncryptionPassword', SecretText()),
     }
 
 

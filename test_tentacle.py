@@ -1531,7 +1531,10 @@ def test_damaged_log_entries_are_refused_or_read():
 def test_secrets_do_not_show():
     secret = tentacle.Secret('hunter2')
     assert 'hunter2' not in '%s %r {}'.format(secret) % (secret, secret)
-    assert secret.reveal() == 'hunter2'
+    assert secret.encode() == b'hunter2'
+    document = {'Name': 'n', 'EncryptionPassword': 'hunter2'}
+    file = tentacle.ScriptFile.from_document(document, [])
+    assert 'hunter2' not in '%s %r' % (file.encryption_password, file.__dict__)
 
 
 # ---- 9. Message serializer -----------------------------------------------------------------------
