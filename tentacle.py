@@ -25,8 +25,10 @@ The wire (Halibut), as a byte travels; C calls, T is the listening tentacle:
     T -> C   PROCEED CRLF                                then a request again
 
 Threads: the main thread waits for signals; `listener` accepts; `connection ADDRESS` (one each)
-shakes hands, reads requests and runs the services; `script TICKET` and `wait TICKET` follow a
-process. None of them wakes up when nothing happens.
+shakes hands, reads requests and runs the services; `script TICKET` waits for the end of a script's
+supervisor, `mutex TICKET` for the end of a wait for the isolation mutex; `cleaner` looks for old
+workspaces every two hours. But for that none of them wakes up when nothing happens. The processes
+of a script are listed at the top of section 13.
 
 Sections, in the order of the file; a definition uses only what stands above it:
 
@@ -3011,16 +3013,9 @@ class _Pump:
 
     def finish(self) -> bool:
         """Take what is in the pipe now; whether it has ended."""
-        descriptor = self.pipe.fileno()
         for _ in range(_MOST_LAST_STEPS):
-            if self.ended:
+            if self.ended or not self(self.pipe.fileno()):
                 return True
-            try:
-                data = os.read(descriptor, _PIPE_STEP)
-            except BlockingIOError:
-                break
-            self._take(data, final=not data)
-            self.ended = not data
         self._take(b'', final=True)
         return self.ended
 
