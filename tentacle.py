@@ -133,6 +133,7 @@ __all__ = [
     'ProtocolError',
     'ServiceError',
     'UsageError',
+    'Transferred',
 ]
 
 
@@ -214,6 +215,7 @@ class Limits(NamedTuple):
     nesting: int = 32  # documents within documents: the contracts need 6
     data_streams: int = 1000  # of one message: each is a file of a script
     spare_disk: int = 64 << 20  # bytes that a data stream must leave free on the disk
+    read_past: int = 1 << 30  # bytes of data streams nobody takes: the sender hears why only then
     stream_in_memory: int = 64 << 10  # a data stream up to this size never touches the disk
     # -- what we serve
     connections: int = 1000  # of pinned peers at once: a thread each
@@ -767,6 +769,7 @@ class Aes:
 
 def encrypt_script_file(source: BinaryIO, target: BinaryIO, password: str) -> None:
     """Copy a file as the original keeps sensitive ones: `IV__`, IV, AES-128-CBC (wire notes 4)."""
+    source = io.BufferedReader(source)  # type: ignore[arg-type]
     aes = Aes(hashlib.pbkdf2_hmac('sha1', password.encode(), b'Octopuss', 1000, 16))
     previous = secrets.token_bytes(16)
     target.write(b'IV__' + previous)
@@ -891,20 +894,25 @@ class SecureStream:
             return some
         return self._receive(self._sock.recv, most)
 
-    def read_into(self, view: memoryview) -> int:
-        """Fill the start of a buffer with what there is; how many bytes; raises ConnectionLost at
-        the end.
-        """
+    def read_into(self, view: memoryview) -> None:
+        """Fill a buffer. Raises ConnectionLost when the stream ends before it is full."""
+        filled = 0
         if self._leftover:
             some = self.read_some(len(view))
-            view[: len(some)] = some
-            return len(some)
-        count = self._receive(self._sock.recv_into, view)
-        if not count:
-            raise ConnectionLost(
-                '%s closed the connection in the middle of a data stream' % self.peer
-            )
-        return count
+            filled = len(some)
+            view[:filled] = some
+        self._receive(self._fill, view[filled:])
+
+    def _fill(self, view: memoryview) -> None:
+        """One TLS record a turn, so there is nothing in here that needs not be."""
+        receive = self._sock.recv_into
+        while view:
+            count = receive(view)
+            if not count:
+                raise ConnectionLost(
+                    '%s closed the connection in the middle of a data stream' % self.peer
+                )
+            view = view[count:]
 
     def read_exactly(self, count: int) -> bytes:
         parts = []
@@ -2166,17 +2174,254 @@ def end_of_greeting(held: bytes) -> int:
 _COPY_STEP = 1 << 20
 
 
-def free_disk(folder: str) -> int:
-    """Bytes that an ordinary user may still write in a folder."""
+def require_room(folder: str, length: int, limits: Limits) -> None:
+    """Raises TentacleError when a folder's disk has no room for a data stream."""
     disk = os.statvfs(folder)
-    return disk.f_bavail * disk.f_frsize
+    room = max(disk.f_bavail * disk.f_frsize - limits.spare_disk, 0)
+    if length > limits.stream_in_memory and length > room:
+        raise TentacleError(
+            'a data stream of %d bytes does not fit: %d bytes of its disk may be used'
+            % (length, room)
+        )
 
 
-def _open_again(file: BinaryIO) -> BinaryIO:
-    """A file that has no name, once more, at its first byte."""
-    descriptor = os.dup(file.fileno())
-    os.lseek(descriptor, 0, os.SEEK_SET)
-    return open(descriptor, 'rb')
+def sync_folder(descriptor: int) -> None:
+    """Have a rename in a folder survive a power cut, where its file system can."""
+    with contextlib.suppress(OSError):
+        readable = os.open('.', os.O_RDONLY | os.O_CLOEXEC, dir_fd=descriptor)
+        try:
+            os.fsync(readable)
+        finally:
+            os.close(readable)
+
+
+def keep_owner_and_mode(descriptor: int, details: os.stat_result) -> None:
+    """Make a new file look like the one that it will replace. Raises TentacleError."""
+    new = os.fstat(descriptor)
+    if (new.st_uid, new.st_gid) != (details.st_uid, details.st_gid):
+        try:
+            os.fchown(descriptor, details.st_uid, details.st_gid)
+        except PermissionError:
+            raise TentacleError(
+                'The file belongs to user %d, group %d, and we (user %d) can not replace it by one '
+                'that does. Remove it first, or run as root'
+                % (details.st_uid, details.st_gid, os.geteuid())
+            )
+    os.fchmod(descriptor, stat.S_IMODE(details.st_mode))
+
+
+def write_soon(file: BinaryIO, part: memoryview) -> None:
+    """Write a big part of a file and, on Linux, have the disk begin with it, so that the fsync at
+    the end finds little to do.
+    """
+    file.write(part)
+    if hasattr(os, 'posix_fadvise'):
+        with contextlib.suppress(OSError):  # a pipe, or a terminal
+            begin = file.tell() - len(part)
+            os.posix_fadvise(file.fileno(), begin, len(part), os.POSIX_FADV_DONTNEED)
+
+
+#: Of the files that are to replace others, until they do.
+TEMPORARY_PREFIX = '.tentacle-upload-'
+
+
+def file_details(folder: int, name: str, path: str) -> Optional[os.stat_result]:
+    """Of the file `name` in an open folder, None when there is none. Raises TentacleError, with its
+    `path`, for what is no file.
+    """
+    try:
+        details = os.stat(name, dir_fd=folder, follow_symlinks=False)
+    except FileNotFoundError:
+        return None
+    if not stat.S_ISREG(details.st_mode):
+        raise TentacleError('%s is a device, a pipe or the like, not a file' % path)
+    return details
+
+
+@contextlib.contextmanager
+def replacing(
+    folder: int, name: str, temporary: str, details: Optional[os.stat_result]
+) -> Iterator[BinaryIO]:
+    """A new file to write in an open folder. At the end, when all went well, it is on the disk and
+    replaces `name`, whose `details` it takes over; else it is gone.
+    """
+    flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW | os.O_CLOEXEC
+    descriptor = os.open(temporary, flags, 0o600 if details else 0o666, dir_fd=folder)
+    try:
+        with open(descriptor, 'wb') as target:
+            yield target
+            target.flush()
+            if details:
+                keep_owner_and_mode(descriptor, details)
+            os.fsync(descriptor)
+        os.replace(temporary, name, src_dir_fd=folder, dst_dir_fd=folder)
+    except BaseException:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(temporary, dir_fd=folder)
+        raise
+    sync_folder(folder)
+
+
+def pump(
+    source: Any,
+    use: Callable[[memoryview], Any],
+    length: int = sys.maxsize,
+    read_ahead: bool = False,
+) -> int:
+    """Hand the bytes of a binary file to `use` in big parts, `length` of them at most; how many
+    there were.
+
+    Of a long one a helper thread uses each part, or reads the next one ahead, while this thread has
+    the wire: what reads, hashes and writes leaves the interpreter to others. The wire is never the
+    helper's, which must not be waited for when this thread is interrupted.
+    """
+    here = memoryview(bytearray(min(length, _COPY_STEP)))
+    count = total = source.readinto(here)
+    if count < _COPY_STEP or count == length:  # a short one, or from a socket
+        while count:
+            use(here[:count])
+            count = source.readinto(here[: length - total])
+            total += count
+        return total
+    from concurrent.futures import ThreadPoolExecutor
+
+    there = memoryview(bytearray(_COPY_STEP))
+    with ThreadPoolExecutor(1, 'file') as helper:
+        while count:
+            if read_ahead:
+                helped = helper.submit(source.readinto, there[: length - total])
+                use(here[:count])
+                count = helped.result()
+            else:
+                helped = helper.submit(use, here[:count])
+                count = source.readinto(there[: length - total])
+                helped.result()
+            total += count
+            here, there = there, here
+    return total
+
+
+class _WireReader(io.RawIOBase):
+    """The bytes of the data stream that comes next on a connection; who has the last of them can
+    be sure of its end.
+    """
+
+    def __init__(self, stream: SecureStream, length: int):
+        self._stream = stream
+        self._length = length
+        self.left = length
+        if not length:
+            self._check_end()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        view = memoryview(buffer)[: self.left]
+        if not view:
+            return 0
+        self._stream.read_into(view)
+        self.left -= len(view)
+        if not self.left:
+            self._check_end()
+        return len(view)
+
+    def _check_end(self) -> None:
+        if self._stream.read_exactly(8) != _INT64.pack(self._length):
+            raise ProtocolError('the length after a data stream is not the one before it')
+
+
+class IncomingStreams:
+    """The data streams of a message, on the wire until they are opened, each of them once.
+
+    Whichever comes first is waited for; what must make way for another one lies in `spool`, a
+    folder, without a name there.
+    """
+
+    def __init__(
+        self,
+        stream: SecureStream,
+        streams: List[DataStream],
+        spool: Optional[str],
+        limits: Limits,
+    ):
+        if len(streams) > limits.data_streams:
+            raise ProtocolError(
+                'a message with %d data streams came, %d are taken'
+                % (len(streams), limits.data_streams)
+            )
+        self._stream = stream
+        self._spool = spool
+        self._limits = limits
+        self._awaited = {data_stream.id: data_stream for data_stream in streams}
+        self._kept: Dict[uuid.UUID, BinaryIO] = {}
+        self._reader: Any = None  # of the one that is being read
+        if len(self._awaited) < len(streams):
+            raise ProtocolError('two data streams of a message have the same id')
+        for data_stream in streams:
+            data_stream.received(lambda wanted=data_stream: self._open(wanted))
+
+    def _next(self) -> DataStream:
+        """The data stream that comes now; `_reader` has its bytes."""
+        self._finish_reader()
+        head = self._stream.read_exactly(24)
+        (length,) = _INT64.unpack(head[16:])
+        data_stream = self._awaited.pop(uuid.UUID(bytes_le=head[:16]), None)
+        if data_stream is None or length != data_stream.length:
+            raise ProtocolError(
+                'a data stream of %d bytes came that the message does not name so' % length
+            )
+        self._reader = _WireReader(self._stream, length)
+        return data_stream
+
+    def _finish_reader(self) -> None:
+        """Read past what its reader has left."""
+        if self._reader is not None and self._reader.left:
+            pump(self._reader, lambda part: None, self._reader.left)
+
+    def _open(self, wanted: DataStream) -> BinaryIO:
+        while wanted.id in self._awaited:
+            came = self._next()
+            if came is wanted:
+                return self._reader
+            self._keep(came)
+        if wanted.id not in self._kept:
+            raise ProtocolError('a data stream can be read once')
+        return self._kept.pop(wanted.id)
+
+    def _keep(self, data_stream: DataStream) -> None:
+        import tempfile
+
+        length = data_stream.length
+        file: Any = io.BytesIO()
+        if length > self._limits.stream_in_memory:
+            folder = self._spool or tempfile.gettempdir()
+            require_room(folder, length, self._limits)
+            file = tempfile.TemporaryFile(dir=folder)
+        self._kept[data_stream.id] = file
+        pump(self._reader, file.write, length)
+        file.seek(0)
+
+    def keep_all(self) -> None:
+        """Take them all from the wire, which is then free for the next message."""
+        while self._awaited:
+            self._keep(self._next())
+
+    def read_past(self) -> None:
+        """Read what nobody took, so that the connection can go on. Raises ProtocolError when it is
+        too much.
+        """
+        left = self._reader.left if self._reader is not None else 0
+        left += sum(data_stream.length for data_stream in self._awaited.values())
+        if left > self._limits.read_past:
+            raise ProtocolError('%d bytes of data streams would come that nobody takes' % left)
+        while self._awaited:
+            self._next()
+        self._finish_reader()
+
+    def close(self) -> None:
+        for file in self._kept.values():
+            file.close()
 
 
 class MessageExchange:
@@ -2191,7 +2436,7 @@ class MessageExchange:
         self._spool = spool
         self._limits = limits
         self._conversation = Conversation()
-        self._spooled: List[BinaryIO] = []
+        self._incoming: Optional[IncomingStreams] = None
 
     # -- lines
 
@@ -2230,17 +2475,13 @@ class MessageExchange:
     def _write_stream(self, data_stream: DataStream) -> None:
         """id, length, the bytes, the length again (wire notes 3)."""
         length = _INT64.pack(data_stream.length)
-        left = data_stream.length
         with data_stream.open() as source:
             self.stream.write(data_stream.id.bytes_le + length)
-            while left:
-                part = source.read(min(left, _COPY_STEP))
-                if not part:
-                    raise ConnectionLost(
-                        'a file became shorter while it was sent: the connection is given up'
-                    )
-                self.stream.write(part)
-                left -= len(part)
+            sent = pump(source, self.stream.write, data_stream.length, read_ahead=True)
+        if sent < data_stream.length:
+            raise ConnectionLost(
+                'a file became shorter while it was sent: the connection is given up'
+            )
         self.stream.write(length)
 
     def _read_message(self, max_bytes: int, max_elements: int, wait: float) -> Any:
@@ -2253,64 +2494,15 @@ class MessageExchange:
             raise EOFError
         return message_of(document)
 
-    def _read_streams(self, streams: List[DataStream]) -> None:
-        """Receive the data streams of a message, whichever of them comes first."""
-        if len(streams) > self._limits.data_streams:
-            raise ProtocolError(
-                'a message with %d data streams came, %d are taken'
-                % (len(streams), self._limits.data_streams)
-            )
-        awaited = {data_stream.id: data_stream for data_stream in streams}
-        if len(awaited) < len(streams):
-            raise ProtocolError('two data streams of a message have the same id')
-        while awaited:
-            head = self.stream.read_exactly(24)
-            (length,) = _INT64.unpack(head[16:])
-            data_stream = awaited.pop(uuid.UUID(bytes_le=head[:16]), None)
-            if data_stream is None or length != data_stream.length:
-                raise ProtocolError(
-                    'a data stream of %d bytes came that the message does not name so' % length
-                )
-            data_stream.received(self._receive_stream(length))
-
-    def _receive_stream(self, length: int) -> Callable[[], BinaryIO]:
-        """Take the bytes and the closing length of a data stream; what opens them."""
-        if length <= self._limits.stream_in_memory:
-            content = self.stream.read_exactly(length)
-            open_source: Callable[[], BinaryIO] = lambda: io.BytesIO(content)
-        else:
-            file = self._spool_stream(length)
-            open_source = lambda: _open_again(file)
-        if self.stream.read_exactly(8) != _INT64.pack(length):
-            raise ProtocolError('the length after a data stream is not the one before it')
-        return open_source
-
-    def _spool_stream(self, length: int) -> BinaryIO:
-        import tempfile
-
-        folder = self._spool or tempfile.gettempdir()
-        room = max(free_disk(folder) - self._limits.spare_disk, 0)
-        if length > room:
-            raise ProtocolError(
-                'a data stream of %d bytes does not fit: %d bytes of %s may be used'
-                % (length, room, folder)
-            )
-        file: BinaryIO = tempfile.TemporaryFile(dir=folder)  # type: ignore[assignment]
-        self._spooled.append(file)
-        buffer = memoryview(bytearray(min(length, _COPY_STEP)))
-        while length:
-            count = self.stream.read_into(buffer[: min(length, len(buffer))])
-            try:
-                file.write(buffer[:count])
-                file.flush()
-            except OSError as error:
-                raise ConnectionLost('a data stream can not be kept in %s: %s' % (folder, error))
-            length -= count
-        return file
+    def _incoming_streams(self, streams: List[DataStream]) -> IncomingStreams:
+        self._forget_streams()
+        self._incoming = IncomingStreams(self.stream, streams, self._spool, self._limits)
+        return self._incoming
 
     def _forget_streams(self) -> None:
-        while self._spooled:
-            self._spooled.pop().close()
+        if self._incoming is not None:
+            self._incoming.close()
+            self._incoming = None
 
     # -- roles
 
@@ -2324,12 +2516,16 @@ class MessageExchange:
         self.stream.write(identification_line(CLIENT))
         self._read_identification()
 
-    def call(self, request: Request) -> Response:
+    def call(
+        self, request: Request, take: Optional[Callable[[Response], None]] = None
+    ) -> Response:
         """Send a request, with `go_on` ahead of it when it is not the first, and await its
         response.
 
-        The response's data streams can be read until the next call. Raises ConnectionLost (the call
-        may have run), ProtocolError; an error in the answer is in the response, not raised.
+        `take` gets the response while its data streams are still on the wire, and may read each of
+        them once; without it they are kept, and can be read until the next call. Raises
+        ConnectionLost (the call may have run), ProtocolError; an error in the answer is in the
+        response, not raised.
         """
         self._forget_streams()
         self._conversation.advance(REQUEST)
@@ -2350,7 +2546,12 @@ class MessageExchange:
                 '%s answers another request than the one it was asked' % self.stream.peer
             )
         self._conversation.advance(RESPONSE)
-        self._read_streams(streams)
+        incoming = self._incoming_streams(streams)
+        if take is None:
+            incoming.keep_all()
+        else:
+            take(response)
+            incoming.read_past()
         return response
 
     def go_on(self) -> None:
@@ -2378,8 +2579,8 @@ class MessageExchange:
     def as_server(self, handle: Callable[[Request], Response]) -> None:
         """Be the service of a client that dialled us, until it has no more calls.
 
-        `handle` turns each request into a response and never raises. Raises ConnectionLost,
-        ProtocolError.
+        `handle` turns each request into a response, and raises nothing but what its data streams
+        do: each can be read once, straight from the wire. Raises ConnectionLost, ProtocolError.
         """
         word, _ = self._read_identification()
         if word != CLIENT:
@@ -2409,8 +2610,9 @@ class MessageExchange:
         request, streams = request_from_message(message)
         self._conversation.advance(REQUEST)
         try:
-            self._read_streams(streams)
+            incoming = self._incoming_streams(streams)
             response = handle(request)
+            incoming.read_past()
             self._conversation.advance(RESPONSE)
             self._write_message(*response_to_message(response))
         finally:
@@ -2469,9 +2671,13 @@ class ServiceRegistry:
         self._methods = {name: _exposed_methods(service) for name, service in services.items()}
 
     def invoke(self, request: Request) -> Response:
-        """Run a request; whatever happens becomes a response."""
+        """Run a request; whatever happens becomes a response, but for the end of the connection
+        that its data streams come from: ConnectionLost, ProtocolError.
+        """
         try:
             return Response(request.id, self._call(request))
+        except (ConnectionLost, ProtocolError):
+            raise
         except ServiceError as error:
             return Response(request.id, error=error)
         except (TentacleError, OSError) as error:
@@ -2680,12 +2886,12 @@ class Workspace:
             raise _failed_inside(
                 ValueError('%s can not be the name of a file of a script' % printable(name, 100))
             )
+        require_room(self.path, file.contents.length, LIMITS)
         with file.contents.open() as source, open(os.path.join(self.path, name), 'xb') as target:
             if file.encryption_password is not None:
                 encrypt_script_file(source, target, file.encryption_password)
                 return
-            for part in iter(lambda: source.read(_COPY_STEP), b''):
-                target.write(part)
+            pump(source, target.write, file.contents.length)
 
     def state(self) -> Dict[str, Any]:
         """What was asked for. Raises FileNotFoundError (no workspace of ours), ValueError."""
@@ -3960,59 +4166,163 @@ class ScriptService:
         return status
 
 
-class FileTransferService:
-    """`IFileTransferService`: whole files, by path; relative paths are under the home directory."""
+class UploadJournal:
+    """Remembers the temporary files of uploads, so that those of an agent that was killed do not
+    stay.
 
-    def __init__(self, home: str):
+    An entry is a file in `folder` that holds the path of one, and is locked while its upload lives.
+    """
+
+    def __init__(self, folder: str):
+        self._folder = folder
+
+    @contextlib.contextmanager
+    def entry(self, path: str) -> Iterator[None]:
+        """Keep a path in mind for as long as this lasts. Raises OSError."""
+        import fcntl
+
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        name = os.path.join(self._folder, secrets.token_hex(8))
+        while True:
+            descriptor = os.open(name, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
+            fcntl.flock(descriptor, fcntl.LOCK_EX)
+            if os.path.exists(name):
+                break
+            os.close(descriptor)  # another agent's `clean` was here between the two
+        try:
+            os.write(descriptor, os.fsencode(path))
+            yield
+        finally:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(name)
+            os.close(descriptor)
+
+    def clean(self) -> None:
+        """Remove what uploads have left whose agent is gone. Never raises."""
+        import fcntl
+
+        if not os.path.isdir(self._folder):
+            return
+        for name in os.listdir(self._folder):
+            with contextlib.suppress(OSError), open(os.path.join(self._folder, name), 'rb') as file:
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                path = os.fsdecode(file.read())
+                if os.path.basename(path).startswith(TEMPORARY_PREFIX) and os.path.lexists(path):
+                    os.unlink(path)
+                    logger.info('%s of an upload that was broken off was removed', printable(path))
+                os.unlink(file.name)
+
+
+#: Opens a folder to go through it, where reading it is not allowed.
+_O_FOLDER = os.O_DIRECTORY | os.O_CLOEXEC | getattr(os, 'O_PATH', os.O_RDONLY)
+
+
+class FileTransferService:
+    """`IFileTransferService`: whole files, by path; relative paths are under the home directory.
+
+    With `root` no file outside that folder is read or written.
+    """
+
+    def __init__(
+        self,
+        home: str,
+        journal: UploadJournal,
+        root: Optional[str] = None,
+        limits: Limits = LIMITS,
+    ):
         self._home = home
+        self._journal = journal
+        self._root = root and os.path.realpath(root)
+        self._limits = limits
 
     def _full_path(self, remote_path: str) -> str:
-        path = os.path.normpath(os.path.join(self._home, remote_path.replace('\\', '/')))
-        if '\0' in path or os.path.isdir(path):
-            raise TentacleError('%s is not a file' % printable(path))
-        return path
+        path = remote_path.replace('\\', '/')
+        if '\0' in path:
+            raise TentacleError('%s is not the name of a file' % printable(path))
+        full_path = os.path.normpath(os.path.join(self._home, path))
+        if path.endswith('/') or os.path.isdir(full_path):
+            raise TentacleError(
+                '%s is a directory: name a file. A whole directory goes as an archive, made and '
+                'unpacked by tar in a script' % full_path
+            )
+        return full_path
+
+    @contextlib.contextmanager
+    def _place(self, path: str, make: bool = False) -> Iterator[Tuple[int, str]]:
+        """(descriptor of its folder, name there) of a file, with all symbolic links followed.
+
+        Raises TentacleError when that is outside the root, OSError when it is not there.
+        """
+        real_path = os.path.realpath(path)
+        folder, name = os.path.split(real_path)
+        if self._root is not None and os.path.commonpath([self._root, real_path]) != self._root:
+            raise TentacleError(
+                '%s is outside %s, and this tentacle reads and writes files there alone '
+                '(--files-root)' % (path if path == real_path else path + ' -> ' + real_path,
+                self._root)
+            )
+        if make:
+            os.makedirs(self._root or folder, exist_ok=True)
+        descriptor = os.open(self._root or folder, _O_FOLDER)
+        try:
+            # From the root on without following a link, should one have come in between.
+            inside = os.path.relpath(folder, self._root) if self._root else '.'
+            for part in inside.split('/'):
+                if make and part != '.':
+                    with contextlib.suppress(FileExistsError):
+                        os.mkdir(part, dir_fd=descriptor)
+                deeper = os.open(part, _O_FOLDER | os.O_NOFOLLOW, dir_fd=descriptor)
+                os.close(descriptor)
+                descriptor = deeper
+            yield descriptor, name
+        finally:
+            os.close(descriptor)
 
     @exposed('UploadFile', str, DataStream)
     def upload_file(self, remote_path: str, upload: DataStream) -> UploadResult:
         path = self._full_path(remote_path)
-        if os.path.exists(path) and not os.path.isfile(path):
-            raise TentacleError('%s is not a file' % path)
-        folder, name = os.path.split(path)
-        os.makedirs(folder, exist_ok=True)
-        temporary = os.path.join(folder, '.%s.%s' % (name[:100], secrets.token_hex(8)))
         digest = sha1()
-        try:
-            with upload.open() as source, open(temporary, 'xb') as target:
-                for part in iter(lambda: source.read(_COPY_STEP), b''):
-                    digest.update(part)
-                    target.write(part)
-            os.replace(temporary, path)
-        except BaseException:
-            if os.path.exists(temporary):
-                os.unlink(temporary)
-            raise
+
+        def keep(part: memoryview) -> None:
+            digest.update(part)
+            write_soon(target, part)
+
+        with self._place(path, make=True) as (folder, name):
+            details = file_details(folder, name, path)
+            real_folder = os.path.dirname(os.path.realpath(path))
+            require_room(real_folder, upload.length, self._limits)
+            temporary = TEMPORARY_PREFIX + secrets.token_hex(8)
+            with self._journal.entry(os.path.join(real_folder, temporary)):
+                with replacing(folder, name, temporary, details) as target:
+                    pump(upload.open(), keep, upload.length)
         return UploadResult(full_path=path, hash=digest.hexdigest(), length=upload.length)
 
     @exposed('DownloadFile', str)
     def download_file(self, remote_path: str) -> Optional[DataStream]:
         path = self._full_path(remote_path)
         try:
-            descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK)  # a FIFO must not hold us up
+            with self._place(path) as (folder, name):
+                if file_details(folder, name, path) is None:
+                    return None
+                # What it is may have changed since: a FIFO must not hold us up.
+                flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+                file = open(os.open(name, flags, dir_fd=folder), 'rb', buffering=0)
         except (FileNotFoundError, NotADirectoryError):
             return None
-        file = open(descriptor, 'rb')
-        details = os.fstat(descriptor)
+        details = os.fstat(file.fileno())
         if not stat.S_ISREG(details.st_mode):
             file.close()
             raise TentacleError('%s is not a file' % path)
-        return DataStream(details.st_size, lambda: file)
+        return DataStream(details.st_size, lambda: file)  # type: ignore[arg-type,return-value]
 
 
-def tentacle_services(home: str, scripts: ScriptRunner, limits: Limits = LIMITS) -> ServiceRegistry:
+def tentacle_services(
+    scripts: ScriptRunner, files: FileTransferService, limits: Limits = LIMITS
+) -> ServiceRegistry:
     """The services that a tentacle offers, under the names of the wire (wire notes 4)."""
     services: Dict[str, Any] = {
         'IScriptService': ScriptService(scripts),
-        'IFileTransferService': FileTransferService(home),
+        'IFileTransferService': files,
         'IScriptServiceV2': ScriptServiceV2(scripts, limits),
     }
     services['ICapabilitiesServiceV2'] = CapabilitiesService(list(services))
@@ -4290,7 +4600,8 @@ class ListeningTentacle:
     """A listening tentacle to embed: it accepts from `start` to `stop`, in threads of its own.
 
     `home` is where workspaces are made and relative paths lead; `trusted` gives the pinned
-    thumbprints, and is asked for every connection. It runs scripts as this process's user.
+    thumbprints, and is asked for every connection. It runs scripts as this process's user. With
+    `files_root` no file outside that folder is uploaded or downloaded.
 
         identity = tentacle.create_identity('/tmp/agent/tentacle.pem')
         trusted = frozenset(['6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3'])
@@ -4309,6 +4620,7 @@ class ListeningTentacle:
         port: int = LISTENING_PORT,
         environment: Callable[[], Dict[str, str]] = lambda: dict(os.environ),
         trust_command: str = 'tentacle.py configure --trust',
+        files_root: Optional[str] = None,
         limits: Limits = LIMITS,
     ):
         self._limits = limits
@@ -4317,7 +4629,9 @@ class ListeningTentacle:
         os.makedirs(work, mode=0o700, exist_ok=True)
         self._scripts = ScriptRunner(work, environment, limits)
         self._cleaner = WorkspaceCleaner(self._scripts)
-        self._services = tentacle_services(home, self._scripts, limits)
+        self._journal = UploadJournal(os.path.join(home, '.uploads'))
+        files = FileTransferService(home, self._journal, files_root, limits)
+        self._services = tentacle_services(self._scripts, files, limits)
         self._listener = SecureListener(
             host,
             port,
@@ -4347,6 +4661,7 @@ class ListeningTentacle:
     def start(self) -> None:
         """Take over what an agent before us left, and accept from now on."""
         threading.stack_size(self._limits.thread_stack)
+        self._journal.clean()
         self._scripts.attach()
         self._cleaner.start()
         self._thread = start_thread('listener', self._listener.serve_forever)
@@ -4415,6 +4730,34 @@ class RemarkFilter:
         return OutputLine(source, occurred, text, remark)
 
 
+class Transferred(NamedTuple):
+    """What became of a file's transfer."""
+
+    path: str  # its full path on the tentacle
+    length: int  # bytes
+    sha1: str  # lower-case hex
+
+
+class _MeasuredSource(io.RawIOBase):
+    """A file on its way out: its hash and its progress are taken as it is read."""
+
+    def __init__(self, file: BinaryIO, on_progress: Callable[[int], None]):
+        self._file: Any = file
+        self._on_progress = on_progress
+        self._done = 0
+        self.digest = sha1()
+
+    def readable(self) -> bool:
+        return True
+
+    def readinto(self, buffer: Any) -> int:
+        count = self._file.readinto(buffer)
+        self.digest.update(memoryview(buffer)[:count])
+        self._done += count
+        self._on_progress(self._done)
+        return count
+
+
 class _ScriptCallsV2:
     """One script by the calls of `IScriptServiceV2` of a TentacleClient."""
 
@@ -4425,7 +4768,7 @@ class _ScriptCallsV2:
     def _call(self, method: str, command: Contract) -> ScriptStatusResponseV2:
         return self._client.call_for(ScriptStatusResponseV2, 'IScriptServiceV2', method, command)
 
-    def start(self, body: str, task_id: str, wait: float) -> Any:
+    def start(self, body: str, task_id: str, files: List[ScriptFile], wait: float) -> Any:
         """The first status."""
         return self._call(
             'StartScript',
@@ -4436,6 +4779,7 @@ class _ScriptCallsV2:
                 duration_to_wait=wait,
                 mutex_timeout=NO_MUTEX_TIMEOUT,
                 mutex_name=DEFAULT_MUTEX,
+                files=files,
             ),
         )
 
@@ -4465,7 +4809,7 @@ class _ScriptCallsV1:
     def _call(self, method: str, command: Contract) -> ScriptStatusResponse:
         return self._client.call_for(ScriptStatusResponse, 'IScriptService', method, command)
 
-    def start(self, body: str, task_id: str, wait: float) -> Any:
+    def start(self, body: str, task_id: str, files: List[ScriptFile], wait: float) -> Any:
         """The first status. When its answer is lost nobody knows the ticket."""
         self._ticket = self._client.call_for(
             ScriptTicket,
@@ -4476,6 +4820,7 @@ class _ScriptCallsV1:
                 task_id=task_id,
                 mutex_timeout=NO_MUTEX_TIMEOUT,
                 mutex_name=DEFAULT_MUTEX,
+                files=files,
             ),
         )
         return self.status(0)
@@ -4518,9 +4863,9 @@ class _ScriptRun:
         self._state: Optional[int] = None  # None: not known to have been started
         self._exit_code = 0
 
-    def run(self, body: str, task_id: str) -> int:
+    def run(self, body: str, task_id: str, files: List[ScriptFile]) -> int:
         try:
-            self._take(self._start(body, task_id))
+            self._take(self._start(body, task_id, files))
             self._follow(lambda: self._ask(self._calls.status), float('inf'))
         except BaseException as error:
             if not isinstance(error, KeyboardInterrupt):
@@ -4531,10 +4876,10 @@ class _ScriptRun:
         self._complete()
         return self._exit_code
 
-    def _start(self, body: str, task_id: str) -> Any:
+    def _start(self, body: str, task_id: str, files: List[ScriptFile]) -> Any:
         """The first status. A start whose answer was lost is asked for, and never sent again."""
         try:
-            return self._calls.start(body, task_id, self._START_WAIT)
+            return self._calls.start(body, task_id, files, self._START_WAIT)
         except ConnectionLost as error:
             logger.info('%s; asking whether the script was started', error)
             status = self._ask(self._calls.status)
@@ -4664,8 +5009,14 @@ class TentacleClient:
             self._capabilities = None  # it may be another version by now
         return exchange
 
-    def call(self, service: str, method: str, *params: Any) -> Any:
-        """Call a method and give its result.
+    def call(
+        self,
+        service: str,
+        method: str,
+        *params: Any,
+        take: Optional[Callable[[Response], None]] = None,
+    ) -> Any:
+        """Call a method and give its result; `take` as for `MessageExchange.call`.
 
         Raises ServiceError (the answer is an error), ConnectionLost (it may have run),
         UntrustedThumbprint, ProtocolError.
@@ -4684,7 +5035,7 @@ class TentacleClient:
             self.endpoint,
         )
         try:
-            response = exchange.call(request)
+            response = exchange.call(request, take)
         except BaseException:
             exchange.close()  # given up: never to be used for another call
             raise
@@ -4725,19 +5076,91 @@ class TentacleClient:
                 self._capabilities = known
         return known
 
+    # -- files
+
+    def upload(
+        self,
+        file: BinaryIO,
+        remote_path: str,
+        on_progress: Callable[[int], None] = lambda done: None,
+    ) -> Transferred:
+        """Send all of a seekable file, which takes the place of `remote_path` when it is whole
+        there.
+
+        `on_progress` gets the number of bytes read, from any thread. Raises what `call` does, and
+        TentacleError when the tentacle has another hash than we.
+        """
+        length = file.seek(0, os.SEEK_END)
+        file.seek(0)
+        source = _MeasuredSource(file, on_progress)
+        result = self.call_for(
+            UploadResult,
+            'IFileTransferService',
+            'UploadFile',
+            remote_path,
+            DataStream(length, lambda: source),  # type: ignore[arg-type,return-value]
+        )
+        ours = source.digest.hexdigest()
+        if (result.length, (result.hash or '').lower()) != (length, ours):
+            raise TentacleError(
+                '%s was damaged on its way: we sent %d bytes with SHA-1 %s, the tentacle has %d '
+                'with %s. Send it again'
+                % (remote_path, length, ours, result.length, printable(result.hash))
+            )
+        return Transferred(result.full_path or remote_path, length, ours)
+
+    def download(
+        self,
+        remote_path: str,
+        file: BinaryIO,
+        on_progress: Callable[[int, int], None] = lambda done, total: None,
+    ) -> Optional[Transferred]:
+        """Write the tentacle's file into one of ours; None when it has none of that name.
+
+        `on_progress` gets the number of bytes written and that of all. Raises what `call` does, and
+        OSError for our file.
+        """
+        digest = sha1()
+        received = total = 0
+
+        def keep(part: memoryview) -> None:
+            nonlocal received
+            digest.update(part)
+            write_soon(file, part)
+            received += len(part)
+            on_progress(received, total)
+
+        def take(response: Response) -> None:
+            nonlocal total
+            if isinstance(response.result, DataStream):
+                total = response.result.length
+                pump(response.result.open(), keep, total)
+
+        stream = self.call('IFileTransferService', 'DownloadFile', remote_path, take=take)
+        if stream is None:
+            return None
+        if not isinstance(stream, DataStream):
+            raise ProtocolError('DownloadFile must answer with a data stream')
+        return Transferred(remote_path, total, digest.hexdigest())
+
     # -- scripts, by the newer service where it has it, else by the older
 
     def run_script(
-        self, body: str, on_line: Callable[[OutputLine], None], task_id: str = 'tentacle.py'
+        self,
+        body: str,
+        on_line: Callable[[OutputLine], None],
+        task_id: str = 'tentacle.py',
+        files: Sequence[ScriptFile] = (),
     ) -> int:
-        """Run a script and hand on its lines as they come; its exit code.
+        """Run a script and hand on its lines as they come; its exit code. The files are put beside
+        it.
 
         Whatever ends this early (Ctrl-C, an exception of `on_line`) cancels the script there first.
         """
         calls: Any = (
             _ScriptCallsV2 if 'IScriptServiceV2' in self.capabilities() else _ScriptCallsV1
         )(self)
-        return _ScriptRun(calls, on_line, self._limits).run(body, task_id)
+        return _ScriptRun(calls, on_line, self._limits).run(body, task_id, list(files))
 
 
 # ---- 18. Configuration ---------------------------------------------------------------------------
@@ -4755,6 +5178,7 @@ KEY_TRUSTED = 'Tentacle.Communication.TrustedOctopusServers'
 KEY_APPLICATIONS = 'Tentacle.Deployment.ApplicationDirectory'
 KEY_THUMBPRINT = 'Tentacle.CertificateThumbprint'
 KEY_CERTIFICATE_FILE = 'TentaclePy.CertificateFile'  # ours: the PEM file, relative to the settings
+KEY_FILES_ROOT = 'TentaclePy.FilesRoot'  # ours: the folder outside which no file is transferred
 
 STYLE_LISTENING = 1  # CommunicationStyle TentaclePassive
 
@@ -4769,6 +5193,7 @@ class Settings(NamedTuple):
     trusted: Tuple[str, ...]  # thumbprints, in the order of the file
     applications: str
     certificate_path: str  # of the PEM file, which may not be there yet
+    files_root: str  # '' = files are transferred from and to anywhere
 
 
 def read_settings_file(path: str) -> Dict[str, str]:
@@ -4926,6 +5351,7 @@ def read_settings(path: str) -> Settings:
         ),
         values.get(KEY_APPLICATIONS) or '/home/Octopus/Applications',
         os.path.join(folder, values.get(KEY_CERTIFICATE_FILE) or CERTIFICATE_NAME),
+        values.get(KEY_FILES_ROOT, ''),
     )
 
 
@@ -5216,6 +5642,11 @@ def say(text: str) -> None:
     print(text, flush=True)
 
 
+def _complain(text: str) -> None:
+    """What went wrong, on stderr, as one line."""
+    print('tentacle.py: ' + printable(text, 2000), file=sys.stderr, flush=True)
+
+
 def _settings(arguments: Any) -> Settings:
     return read_settings(find_settings(arguments.home))
 
@@ -5234,6 +5665,15 @@ def _port(text: str) -> int:
     if not re.match(r'[0-9]{1,5}\Z', text) or int(text) > 65535:
         raise UsageError('%s is not a port: 0 to 65535 expected (0 = a free one)' % printable(text))
     return int(text)
+
+
+def _files_root(text: Optional[str]) -> Optional[str]:
+    """The folder of --files-root as an absolute path. Raises UsageError."""
+    if not text:
+        return text
+    if not os.path.isdir(text):
+        raise UsageError('--files-root %s: there is no such folder' % printable(text))
+    return os.path.abspath(text)
 
 
 class SignalWaiter:
@@ -5270,6 +5710,11 @@ class SignalWaiter:
         default=[],
         help='also trust this certificate, for this run; may be repeated',
     ),
+    _option(
+        '--files-root',
+        metavar='DIR',
+        help='no file outside this folder is uploaded or downloaded (default: as configured)',
+    ),
 )
 def _listen(arguments: Any) -> int:
     given = [parse_thumbprint(text) for text in arguments.trust]
@@ -5286,6 +5731,7 @@ def _listen(arguments: Any) -> int:
             port,
             lambda: script_environment(settings),
             _program(arguments, 'configure --trust'),
+            _files_root(arguments.files_root) or settings.files_root or None,
         )
     except OSError as error:
         raise TentacleError(
@@ -5342,12 +5788,48 @@ def _read_script(arguments: Any) -> str:
     return text
 
 
-def _pinned_target(arguments: Any, settings: Settings) -> ServiceEndPoint:
-    endpoint = Targets(settings.home).find(arguments.target)
+def _script_files(paths: List[str]) -> List[ScriptFile]:
+    """The files of `exec --file`. Raises UsageError."""
+    files = []
+    for path in paths:
+        with _open_file(path) as file:
+            length = file.seek(0, os.SEEK_END)
+        contents = DataStream(length, lambda path=path: open(path, 'rb'))
+        files.append(ScriptFile(name=os.path.basename(path), contents=contents))
+    names = [file.name for file in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError('two of the files are named %s' % printable(name))
+    return files
+
+
+def _open_file(path: str) -> BinaryIO:
+    """A file of ours to send. Raises UsageError."""
+    if os.path.isdir(path):
+        name = os.path.basename(os.path.abspath(path))
+        raise UsageError(
+            '%s is a directory, and files go one by one. Send it as an archive, and unpack that '
+            'there with tar: tar czf %s.tgz %s; then upload it, then exec TARGET -- tar xzf %s.tgz'
+            % (path, name, path, name)
+        )
+    try:
+        file = open(path, 'rb', buffering=0)
+    except OSError as error:
+        raise UsageError('%s can not be read: %s' % (printable(path), error.strerror))
+    if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+        file.close()
+        raise UsageError(
+            '%s is not a file, so nobody knows its length: give it as standard input, with -' % path
+        )
+    return file  # type: ignore[return-value]
+
+
+def _pinned_target(arguments: Any, settings: Settings, target: str) -> ServiceEndPoint:
+    endpoint = Targets(settings.home).find(target)
     if endpoint.thumbprint is None:
         raise UntrustedThumbprint(
             '%s is not known here, so it is not called. See its thumbprint and trust it: %s %s'
-            % (printable(arguments.target), _program(arguments, 'trust'), arguments.target)
+            % (printable(target), _program(arguments, 'trust'), target)
         )
     return endpoint
 
@@ -5380,18 +5862,26 @@ _EXIT_CODE_MEANINGS = {
     'exec',
     'run a script on a tentacle, and see its output as it comes',
     'tentacle.py exec web-1 -- uptime\n  tentacle.py exec web-1 -- "df -h | tail -3"\n'
-    '  tentacle.py exec web-1 --script deploy.sh',
+    '  tentacle.py exec web-1 --script deploy.sh --file app.conf',
     _option('target', metavar='TARGET', help='name, HOST[:PORT] or https://HOST:PORT/'),
     _option('--script', metavar='FILE', help='the script; - is standard input'),
+    _option(
+        '--file',
+        metavar='FILE',
+        action='append',
+        default=[],
+        help='put it beside the script, whose working directory that is; may be repeated',
+    ),
     words='-- COMMAND: one word is a line for the shell, several are a command and its arguments',
 )
 def _exec(arguments: Any) -> int:
     script = _read_script(arguments)
+    files = _script_files(arguments.file)
     settings = _settings(arguments)
-    endpoint = _pinned_target(arguments, settings)
+    endpoint = _pinned_target(arguments, settings, arguments.target)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with TentacleClient(endpoint, our_identity(settings)) as client:
-        exit_code = client.run_script(script, _LinePrinter(arguments.verbose))
+        exit_code = client.run_script(script, _LinePrinter(arguments.verbose), files=files)
     if exit_code < 0:
         print(
             'The script ended with code %d: %s'
@@ -5399,6 +5889,225 @@ def _exec(arguments: Any) -> int:
             file=sys.stderr,
         )
     return exit_code if 0 <= exit_code <= 255 else exit_code & 0xFF or 1
+
+
+def _remote_place(text: str) -> Tuple[str, str]:
+    """(target, path) of TARGET:PATH. Raises UsageError."""
+    match = re.match(
+        r'((?:https|poll)://[^/]+/?'
+        r'|(?:\[[^\]]+\]|[^:/\[\]]+)(?::\d{1,5}(?=:))?):(.+)\Z',
+        text,
+        re.S,
+    )
+    if not match:
+        raise UsageError(
+            '%s is no place of a file: TARGET:PATH expected, like web-1:/etc/motd' % printable(text)
+        )
+    return match.group(1), match.group(2)
+
+
+def _amount(count: float) -> str:
+    """A number of bytes for people."""
+    for unit in ('B', 'kB', 'MB', 'GB'):
+        if count < 1000 or unit == 'GB':
+            break
+        count /= 1000
+    return '%.*f %s' % (0 if unit == 'B' else 1, count, unit)
+
+
+class _TransferReport:
+    """Says how a transfer goes: as a bar on a terminal, as events with --json, else at its end."""
+
+    _PAUSE = {True: 1.0, False: 0.1}  # seconds between two words, as events and as a bar
+
+    def __init__(self, as_json: bool, target: str, path: str, total: int = 0):
+        self._as_json = as_json
+        self._place = {'target': target, 'path': path}
+        self._total = total
+        self._begin = self._said = time.monotonic()
+        self._silent = not as_json and not sys.stderr.isatty()
+        self._width = 0
+
+    def _event(self, event: str, **facts: Any) -> None:
+        say(json.dumps(dict({'event': event}, **self._place, **facts)))
+
+    def progress(self, done: int, total: int = 0) -> None:
+        now = time.monotonic()
+        if self._silent or now - self._said < self._PAUSE[self._as_json]:
+            return
+        self._said = now
+        total = total or self._total
+        if self._as_json:
+            self._event('progress', bytes=done, total=total)
+            return
+        rate = done / (now - self._begin)
+        left = int((total - done) / rate) if rate else 0
+        text = '%3d%%  %s of %s  %s/s  %d:%02d left' % (
+            done * 100 // max(total, 1),
+            _amount(done),
+            _amount(total),
+            _amount(rate),
+            left // 60,
+            left % 60,
+        )
+        self._show('%s:%s  %s' % (self._place['target'], printable(self._place['path']), text))
+
+    def _show(self, text: str) -> None:
+        """Write over the line that stands there; its end counts more than its beginning."""
+        import shutil
+
+        text = text[-(shutil.get_terminal_size().columns - 1) :]
+        print('\r' + text.ljust(self._width), end='', file=sys.stderr, flush=True)
+        self._width = len(text)
+
+    def clear(self) -> None:
+        """Take the bar away."""
+        if self._width:
+            print('\r' + ' ' * self._width + '\r', end='', file=sys.stderr, flush=True)
+            self._width = 0
+
+    def done(self, transferred: Transferred, text: str, out: Any = None) -> None:
+        self.clear()
+        seconds = time.monotonic() - self._begin
+        if self._as_json:
+            self._event(
+                'done',
+                full_path=transferred.path,
+                bytes=transferred.length,
+                sha1=transferred.sha1,
+                seconds=round(seconds, 3),
+            )
+            return
+        print(
+            '%s (%s, %s/s, SHA-1 %s)'
+            % (
+                text,
+                _amount(transferred.length),
+                _amount(transferred.length / max(seconds, 1e-3)),
+                transferred.sha1,
+            ),
+            file=out or sys.stdout,
+            flush=True,
+        )
+
+    def failed(self, error: Exception) -> None:
+        if self._as_json:
+            self._event('failed', error=str(error))
+
+
+@contextlib.contextmanager
+def _file_to_send(name: str) -> Iterator[BinaryIO]:
+    """A file of ours, or a copy of standard input, whose length the wire wants to know first."""
+    if name != '-':
+        with _open_file(name) as file:
+            yield file
+        return
+    import shutil
+    import tempfile
+
+    with tempfile.TemporaryFile() as copy:
+        shutil.copyfileobj(sys.stdin.buffer, copy, _COPY_STEP)
+        yield copy  # type: ignore[misc]
+
+
+_JSON_OPTION = _option('--json', action='store_true', help='events on stdout, one object a line')
+
+
+@_command(
+    'upload',
+    'copy a file to tentacles',
+    'tentacle.py upload app.tgz web-1:/opt/app.tgz web-2:/opt/app.tgz\n'
+    '  pg_dump shop | tentacle.py upload - backup:/srv/shop.sql',
+    _option('file', metavar='FILE', help='the file; - is standard input'),
+    _option(
+        'places',
+        metavar='TARGET:PATH',
+        nargs='+',
+        help='where to; a relative path is under the home directory of the tentacle',
+    ),
+    _JSON_OPTION,
+)
+def _upload(arguments: Any) -> int:
+    places = [_remote_place(text) for text in arguments.places]
+    settings = _settings(arguments)
+    identity = our_identity(settings)
+    endpoints = [_pinned_target(arguments, settings, target) for target, _ in places]
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    exit_code = 0
+    with _file_to_send(arguments.file) as file:
+        total = file.seek(0, os.SEEK_END)
+        for (target, path), endpoint in zip(places, endpoints):
+            report = _TransferReport(arguments.json, target, path, total)
+            try:
+                with TentacleClient(endpoint, identity) as client:
+                    result = client.upload(file, path, report.progress)
+                report.done(result, 'Uploaded to %s:%s' % (target, printable(result.path)))
+            except TentacleError as error:
+                report.clear()
+                report.failed(error)
+                _complain('%s: %s' % (target, error))
+                exit_code = 1
+            finally:
+                report.clear()
+    return exit_code
+
+
+@contextlib.contextmanager
+def _file_to_receive(name: str, remote_path: str) -> Iterator[BinaryIO]:
+    """Where to write a download to: standard output, a device, or a file that is replaced at the
+    end.
+    """
+    path = os.path.realpath(name)
+    if os.path.isdir(path):
+        path = os.path.join(path, os.path.basename(remote_path.replace('\\', '/')))
+    if name == '-':
+        yield sys.stdout.buffer
+        sys.stdout.buffer.flush()
+    elif os.path.exists(path) and not os.path.isfile(path):
+        with open(path, 'wb') as device:
+            yield device  # type: ignore[misc]
+    else:
+        folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
+        try:
+            details = file_details(folder, os.path.basename(path), path)
+            temporary = TEMPORARY_PREFIX + secrets.token_hex(8)
+            with replacing(folder, os.path.basename(path), temporary, details) as file:
+                yield file
+        finally:
+            os.close(folder)
+
+
+@_command(
+    'download',
+    'copy a file from a tentacle',
+    'tentacle.py download web-1:/var/log/syslog syslog.web-1\n'
+    '  tentacle.py download web-1:/etc/hosts - | sort',
+    _option('place', metavar='TARGET:PATH', help='where from'),
+    _option('file', metavar='FILE', help='where to; - is standard output'),
+    _JSON_OPTION,
+)
+def _download(arguments: Any) -> int:
+    if arguments.json and arguments.file == '-':
+        raise UsageError('--json and the file - both want standard output')
+    target, path = _remote_place(arguments.place)
+    settings = _settings(arguments)
+    endpoint = _pinned_target(arguments, settings, target)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    report = _TransferReport(arguments.json, target, path)
+    try:
+        with TentacleClient(endpoint, our_identity(settings)) as client:
+            with _file_to_receive(arguments.file, path) as file:
+                result = client.download(path, file, report.progress)
+                if result is None:
+                    raise TentacleError('There is no file %s on %s' % (printable(path), target))
+        out = sys.stderr if arguments.file == '-' else sys.stdout
+        report.done(result, 'Downloaded from %s:%s' % (target, printable(path)), out)
+    except (TentacleError, OSError) as error:
+        report.failed(error)
+        raise
+    finally:
+        report.clear()
+    return 0
 
 
 def _confirmed(question: str) -> bool:
@@ -5455,7 +6164,7 @@ def _trust(arguments: Any) -> int:
 
 @_command(
     'configure',
-    'change who may call us, kept in the settings',
+    'change who may call us, and where files may go, kept in the settings',
     'tentacle.py configure --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
     _option(
         '--trust',
@@ -5472,14 +6181,28 @@ def _trust(arguments: Any) -> int:
         help='trust it no more; may be repeated',
     ),
     _option('--reset-trust', action='store_true', help='first forget all that are trusted'),
+    _option(
+        '--files-root',
+        metavar='DIR',
+        help='from its next start on an agent uploads and downloads no file outside this folder; '
+        "'' = anywhere",
+    ),
 )
 def _configure(arguments: Any) -> int:
-    if not (arguments.trust or arguments.remove_trust or arguments.reset_trust):
-        raise UsageError('nothing to change: --trust, --remove-trust or --reset-trust expected')
+    root = _files_root(arguments.files_root)
+    trust = arguments.trust or arguments.remove_trust or arguments.reset_trust
+    if not trust and root is None:
+        raise UsageError(
+            'nothing to change: --trust, --remove-trust, --reset-trust or --files-root expected'
+        )
     settings_path = find_settings(arguments.home)
-    change_trust(settings_path, arguments.trust, arguments.remove_trust, arguments.reset_trust)
-    trusted = read_settings(settings_path).trusted
-    say('Trusted to call this host: %s' % (', '.join(trusted) or 'nobody'))
+    if trust:
+        change_trust(settings_path, arguments.trust, arguments.remove_trust, arguments.reset_trust)
+        trusted = read_settings(settings_path).trusted
+        say('Trusted to call this host: %s' % (', '.join(trusted) or 'nobody'))
+    if root is not None:
+        change_settings(settings_path, lambda values: values.update({KEY_FILES_ROOT: root}))
+        say('Files are transferred from and to: %s' % (root or 'anywhere'))
     return 0
 
 
@@ -5703,7 +6426,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     try:
         return verb.function(arguments)
     except TentacleError as error:
-        print('tentacle.py: ' + printable(error, 2000), file=sys.stderr)
+        _complain(str(error))
         return error.exit_code
     except KeyboardInterrupt:
         return 130
@@ -5711,7 +6434,7 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
     except OSError as error:
-        print('tentacle.py: %s' % error, file=sys.stderr)
+        _complain(str(error))
         return 1
 
 

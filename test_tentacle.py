@@ -393,6 +393,13 @@ def children():
     return found
 
 
+def memory_kb(pid, field='VmRSS'):
+    """A field of /proc/PID/status in kB."""
+    return int(
+        re.search(field + r':\s+(\d+)', open_bytes('/proc/%d/status' % pid).decode()).group(1)
+    )
+
+
 def descriptors():
     return len(os.listdir('/proc/self/fd'))
 
@@ -516,10 +523,15 @@ def client(shared_agent, keys):
 
 
 @contextlib.contextmanager
-def listening(home, identity, trusted=(), **limits):
+def listening(home, identity, trusted=(), files_root=None, **limits):
     """A listening tentacle in this process, with limits of its own."""
     agent = tentacle.ListeningTentacle(
-        str(home), identity, lambda: frozenset(trusted), port=0, limits=LIMITS._replace(**limits)
+        str(home),
+        identity,
+        lambda: frozenset(trusted),
+        port=0,
+        files_root=files_root,
+        limits=LIMITS._replace(**limits),
     )
     agent.start()
     try:
@@ -614,6 +626,93 @@ class Peer:
         self.sock.close()
 
 
+class Forwarder:
+    """Stands between a dialler and a port, and does harm: `plan(number)` gives what happens to each
+    connection, None or (kind, to the server?, after how many bytes). `port`, `connections`.
+    """
+
+    def __init__(self, port, plan=lambda number: None):
+        self._server = socket.create_server(('127.0.0.1', 0))
+        self._to = port
+        self._plan = plan
+        self._ended = threading.Event()
+        self._socks = []
+        self._threads = []
+        self.port = self._server.getsockname()[1]
+        self.connections = 0
+        self._start(self._accept)
+
+    def _start(self, function, *arguments):
+        thread = threading.Thread(target=function, args=arguments)
+        self._threads.append(thread)
+        thread.start()
+
+    def _accept(self):
+        while True:
+            try:
+                near, _ = self._server.accept()
+                far = socket.create_connection(('127.0.0.1', self._to))
+            except OSError:
+                return
+            self._socks += [near, far]
+            self.connections += 1
+            fault = self._plan(self.connections)
+            self._start(self._pass_on, near, far, fault if fault and fault[1] else None)
+            self._start(self._pass_on, far, near, fault if fault and not fault[1] else None)
+
+    def _pass_on(self, source, target, fault):
+        kind, _, left = fault or (None, None, 0)
+        with contextlib.suppress(OSError):
+            while True:
+                data = source.recv(min(65536, left) if kind and left else 65536)
+                if not data:
+                    break
+                if kind:
+                    left -= len(data)
+                target.sendall(data)
+                if kind and left <= 0:
+                    getattr(self, kind)(source, target)
+                    kind = None
+            target.shutdown(socket.SHUT_WR)
+
+    def cut(self, source, target):
+        for sock in (source, target):
+            with contextlib.suppress(OSError):
+                sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+                sock.shutdown(socket.SHUT_RDWR)  # wakes the other thread
+            sock.close()
+        raise OSError
+
+    def half_close(self, source, target):
+        target.shutdown(socket.SHUT_WR)
+        raise OSError
+
+    def swallow(self, source, target):
+        while source.recv(65536):
+            pass
+        raise OSError
+
+    def delay(self, source, target):
+        self._ended.wait(0.5)
+
+    def trickle(self, source, target):
+        for _ in range(300):
+            target.sendall(source.recv(1))
+            self._ended.wait(0.001)
+
+    def __enter__(self):
+        return self
+
+    def __exit__(self, *exception):
+        self._ended.set()
+        for sock in [self._server] + self._socks:
+            with contextlib.suppress(OSError):
+                sock.shutdown(socket.SHUT_RDWR)
+            sock.close()
+        while self._threads:
+            self._threads.pop().join()
+
+
 def deflated(raw, level=6):
     deflate = zlib.compressobj(level, wbits=-15)
     return deflate.compress(raw) + deflate.flush()
@@ -706,16 +805,14 @@ class ScriptedStream:
         self._data = data + self._data
 
     def read_into(self, view):
-        some = self.read_some(len(view))
-        view[: len(some)] = some
-        return len(some)
+        view[:] = self.read_exactly(len(view))
 
     read_exactly = tentacle.SecureStream.read_exactly
     read_until = tentacle.SecureStream.read_until
     read_line = tentacle.SecureStream.read_line
 
     def write(self, data):
-        self.written.append(data)
+        self.written.append(bytes(data))  # the original may be a buffer that is used again
 
     def set_timeout(self, seconds):
         pass
@@ -1794,14 +1891,15 @@ def test_data_streams_both_ways(tmp_path, size):
     got = []
 
     def handle(request):
-        for _ in range(2):  # it can be opened again
-            with request.params[1].open() as file:
-                got.append(file.read())
+        with request.params[1].open() as file:
+            got.append(file.read())
+        with pytest.raises(tentacle.ProtocolError, match='once'):
+            request.params[1].open()
         return tentacle.Response(request.id)
 
     reader = ScriptedStream(b'MX-CLIENT 1.0\r\n\r\n' + wire + b'END\r\n', 100000)
     tentacle.MessageExchange(reader, str(tmp_path)).as_server(handle)
-    assert got == [content, content]
+    assert got == [content]
     assert os.listdir(str(tmp_path)) == []
 
 
@@ -1818,16 +1916,17 @@ def upload_request(length, stream_id=GUID):
         (upload_request(3) + stream_bytes(GUID, b'abcd'), 'does not name so'),
         (upload_request(3) + stream_bytes(GUID, b'abc', length=-1), 'does not name so'),
         (upload_request(3) + stream_bytes(uuid.UUID(int=1), b'abc'), 'does not name so'),
-        (upload_request(1 << 60) + stream_bytes(GUID, b'', length=1 << 60), 'does not fit'),
+        (upload_request(3) + stream_bytes(GUID, b'ab', length=3), 'closed the connection'),
+        (upload_request(1 << 60) + stream_bytes(GUID, b'', length=1 << 60), 'nobody takes'),
         (
             upload_request((1 << 63) - 1) + stream_bytes(GUID, b'', length=(1 << 63) - 1),
-            'does not fit',
+            'nobody takes',
         ),
     ],
 )
 def test_lying_data_streams(tmp_path, data, words):
     stream = ScriptedStream(b'MX-CLIENT 1.0\r\n\r\n' + data)
-    with pytest.raises(tentacle.ProtocolError, match=words):
+    with pytest.raises((tentacle.ProtocolError, tentacle.ConnectionLost), match=words):
         tentacle.MessageExchange(stream, str(tmp_path)).as_server(
             lambda request: tentacle.Response(request.id)
         )
@@ -2932,28 +3031,368 @@ def test_the_older_script_service(client, shared_agent):
     assert ticket.task_id not in os.listdir(os.path.join(shared_agent.home, 'Work'))
 
 
-def test_files_up_and_down(client, shared_agent):
-    content = os.urandom(200000)
-    result = client.call(
-        'IFileTransferService',
-        'UploadFile',
-        'up\\dir/a b.bin',
-        tentacle.DataStream(len(content), lambda: io.BytesIO(content)),
-    )
-    path = os.path.join(shared_agent.home, 'up', 'dir', 'a b.bin')
-    assert (result.full_path, result.hash, result.length) == (
-        path,
-        hashlib.sha1(content).hexdigest(),
-        len(content),
-    )
-    assert open_bytes(path) == content
-    stream = client.call('IFileTransferService', 'DownloadFile', path)
+def data_stream(content):
+    return tentacle.DataStream(len(content), lambda: io.BytesIO(content))
+
+
+def upload(client, path, content):
+    return client.call('IFileTransferService', 'UploadFile', str(path), data_stream(content))
+
+
+def download(client, path):
+    """The content of a file, None when there is none."""
+    stream = client.call('IFileTransferService', 'DownloadFile', str(path))
+    if stream is None:
+        return None
     with stream.open() as file:
-        assert file.read() == content
-    assert client.call('IFileTransferService', 'DownloadFile', 'up/missing') is None
-    with pytest.raises(tentacle.ServiceError, match='is not a file'):
-        client.call('IFileTransferService', 'DownloadFile', 'up')
-    shutil.rmtree(os.path.join(shared_agent.home, 'up'))
+        return file.read()
+
+
+def temporary_files(folder):
+    return [name for name in os.listdir(str(folder)) if name.startswith('.tentacle-upload')]
+
+
+@pytest.mark.parametrize('size', [0, 1, 16383, 16384, 16385, (1 << 20) - 1, 1 << 20, 5000000])
+def test_files_of_every_size(client, tmp_path, size):
+    path = tmp_path / 'new' / 'folder' / 'file'
+    content = os.urandom(size)
+    result = upload(client, path, content)
+    assert (result.full_path, result.hash, result.length) == (
+        str(path),
+        hashlib.sha1(content).hexdigest(),
+        size,
+    )
+    assert open_bytes(str(path)) == content == download(client, path)
+    assert os.listdir(str(path.parent)) == ['file']
+
+
+@pytest.mark.parametrize('name', ['a b', 'a"b', "a'b", 'a\nb', 'ünï✓', '-rf', '$(id)', 'x' * 255])
+def test_names_of_files(client, shared_agent, tmp_path, name):
+    assert upload(client, tmp_path / name, b'new').full_path == str(tmp_path / name)
+    assert os.listdir(str(tmp_path)) == [name]
+    assert download(client, tmp_path / name) == b'new'
+
+
+def test_relative_paths_are_under_the_home(client, shared_agent):
+    path = os.path.join(shared_agent.home, 'up', 'dir', 'a b.bin')
+    assert upload(client, 'up\\dir/./a b.bin', b'x').full_path == path
+    assert download(client, 'up/dir\\..\\dir/a b.bin') == b'x'
+
+
+def test_what_is_not_there_is_null(client, tmp_path):
+    (tmp_path / 'file').write_bytes(b'x')
+    assert download(client, tmp_path / 'missing') is None
+    assert download(client, tmp_path / 'missing' / 'too') is None
+    assert download(client, tmp_path / 'file' / 'below') is None
+
+
+@pytest.mark.parametrize('kind', ['directory', 'slash', 'fifo', 'device', 'nul', 'empty'])
+def test_what_is_no_file(client, tmp_path, kind):
+    """An error, at once, after which the connection goes on: the bytes were read past."""
+    os.mkfifo(str(tmp_path / 'fifo'))
+    path = {
+        'directory': str(tmp_path),
+        'slash': str(tmp_path / 'x') + '/',
+        'fifo': str(tmp_path / 'fifo'),
+        'device': '/dev/null',
+        'nul': 'a\0b',
+        'empty': '',
+    }[kind]
+    client.capabilities()
+    (exchange, _), = client._pool
+    with pytest.raises(tentacle.ServiceError, match='directory|not a file|not the name'):
+        upload(client, path, bytes(3 << 20))
+    with pytest.raises(tentacle.ServiceError, match='directory|not a file|not the name'):
+        download(client, path)
+    assert [pooled for pooled, _ in client._pool] == [exchange]
+    assert os.listdir(str(tmp_path)) == ['fifo']
+
+
+def test_too_much_to_read_past_ends_the_connection(tmp_path, keys):
+    with listening(
+        tmp_path / 'home', keys['agent'], [keys['server'].thumbprint], read_past=1 << 20
+    ) as agent:
+        endpoint = tentacle.ServiceEndPoint(
+            'https://127.0.0.1:%d/' % agent.port, keys['agent'].thumbprint
+        )
+        with tentacle.TentacleClient(endpoint, keys['server']) as client:
+            with pytest.raises(tentacle.ServiceError):
+                upload(client, tmp_path, bytes(1 << 20))
+            with pytest.raises(tentacle.ConnectionLost):
+                upload(client, tmp_path, bytes(4 << 20))
+
+
+def test_an_upload_keeps_mode_owner_and_links(client, tmp_path):
+    target, link = tmp_path / 'target', tmp_path / 'link'
+    target.write_bytes(b'old')
+    os.chmod(str(target), 0o4751)
+    if os.geteuid() == 0:
+        os.chown(str(target), 12345, 23456)
+        os.chmod(str(target), 0o4751)
+    link.symlink_to('target')
+    before = os.stat(str(target))
+    assert upload(client, link, b'new').full_path == str(link)
+    after = os.stat(str(target))
+    assert target.read_bytes() == b'new' and link.is_symlink()
+    assert (after.st_mode, after.st_uid, after.st_gid) == (
+        before.st_mode,
+        before.st_uid,
+        before.st_gid,
+    )
+    upload(client, tmp_path / 'fresh', b'')
+    umask = os.umask(0)
+    os.umask(umask)
+    assert stat.S_IMODE(os.stat(str(tmp_path / 'fresh')).st_mode) == 0o666 & ~umask
+
+
+def test_files_root(tmp_path, keys):
+    root, outside = tmp_path / 'root', tmp_path / 'outside'
+    for folder in (root, outside):
+        folder.mkdir()
+    (outside / 'file').write_bytes(b'secret')
+    (root / 'out').symlink_to(str(outside))
+    (root / 'filelink').symlink_to(str(outside / 'file'))
+    (root / 'dangling').symlink_to(str(outside / 'new'))
+    (root / 'in').symlink_to('deep')
+    with listening(
+        tmp_path / 'home', keys['agent'], [keys['server'].thumbprint], files_root=str(root)
+    ) as agent:
+        endpoint = tentacle.ServiceEndPoint(
+            'https://127.0.0.1:%d/' % agent.port, keys['agent'].thumbprint
+        )
+        with tentacle.TentacleClient(endpoint, keys['server']) as client:
+            upload(client, root / 'deep' / 'er' / 'file', b'fine')
+            assert download(client, root / 'in' / 'er' / 'file') == b'fine'
+            for path in (
+                outside / 'file',
+                root / 'out' / 'file',
+                root / 'out' / 'folder' / 'new',
+                root / 'filelink',
+                root / 'dangling',
+                root / '..' / 'outside' / 'file',
+                str(root) + '-like/file',
+                'in-the-home',
+            ):
+                with pytest.raises(tentacle.ServiceError, match='is outside .*files-root'):
+                    upload(client, path, b'x')
+                with pytest.raises(tentacle.ServiceError, match='is outside .*files-root'):
+                    download(client, path)
+    assert sorted(os.listdir(str(tmp_path))) == ['home', 'outside', 'root']
+    assert [(f.name, f.read_bytes()) for f in outside.iterdir()] == [('file', b'secret')]
+
+
+def test_a_link_that_comes_after_the_look_is_not_followed(tmp_path, monkeypatch):
+    root, outside = tmp_path / 'root', tmp_path / 'outside'
+    root.mkdir(), outside.mkdir()
+    (root / 'link').symlink_to(str(outside))
+    journal = tentacle.UploadJournal(str(tmp_path / 'journal'))
+    service = tentacle.FileTransferService(str(tmp_path), journal, str(root))
+    monkeypatch.setattr(tentacle.os.path, 'realpath', lambda path: path)
+    with pytest.raises(OSError):
+        service.upload_file(str(root / 'link' / 'file'), data_stream(b'x'))
+    with pytest.raises(OSError):
+        service.upload_file(str(root / 'link' / 'folder' / 'file'), data_stream(b'x'))
+    assert os.listdir(str(outside)) == []
+
+
+def test_a_connection_that_is_cut_leaves_the_old_file(client, shared_agent, keys, tmp_path):
+    """20 random points of an upload, 20 of a download."""
+    chance = random.Random(5)
+    size = 3 << 20
+    path = tmp_path / 'file'
+    path.write_bytes(b'old')
+    points = [chance.randrange(3000, size + 20000) for _ in range(20)]
+    content = os.urandom(size)
+    endpoint = shared_agent.endpoint
+    with Forwarder(shared_agent.port, lambda number: ('cut', True, points[number - 1])) as between:
+        for point in points:
+            through = endpoint._replace(uri='https://127.0.0.1:%d/' % between.port)
+            with tentacle.TentacleClient(through, keys['server']) as victim:
+                try:
+                    upload(victim, path, content)
+                except tentacle.ConnectionLost:
+                    pass
+            eventually(lambda: not temporary_files(tmp_path))
+            assert path.read_bytes() in (b'old', content)
+            if path.read_bytes() == content:
+                path.write_bytes(b'old')
+    path.write_bytes(content)
+    lost = 0
+    with Forwarder(shared_agent.port, lambda number: ('cut', False, points[number - 1])) as between:
+        for point in points:
+            through = endpoint._replace(uri='https://127.0.0.1:%d/' % between.port)
+            with tentacle.TentacleClient(through, keys['server']) as victim:
+                try:
+                    assert download(victim, path) == content
+                except tentacle.ConnectionLost:
+                    lost += 1
+    assert lost
+    assert download(client, path) == content
+
+
+@pytest.mark.parametrize(
+    'sent',
+    [
+        lambda stream: stream_bytes(stream, bytes(100000), closing=99999),
+        lambda stream: stream_bytes(stream, bytes(100000), length=99999),
+        lambda stream: stream_bytes(stream, bytes(100000), length=-1),
+        lambda stream: stream_bytes(uuid.uuid4(), bytes(100000)),
+        lambda stream: stream.bytes_le,
+    ],
+)
+def test_lies_about_lengths_leave_the_old_file(shared_agent, keys, tmp_path, sent):
+    path = tmp_path / 'file'
+    path.write_bytes(b'old')
+    stream = tentacle.DataStream(100000)
+    with Peer(shared_agent.port, keys['server']) as peer:
+        request = request_bytes('IFileTransferService', 'UploadFile', str(path), stream)
+        with contextlib.suppress(OSError):  # it may have hung up by now
+            peer.sock.sendall(request + sent(stream.id))
+            socket.socket.shutdown(peer.sock, socket.SHUT_WR)
+        assert peer.is_hung_up_on()
+    eventually(lambda: os.listdir(str(tmp_path)) == ['file'])
+    assert path.read_bytes() == b'old'
+
+
+def test_an_agent_killed_during_an_upload(tmp_path, keys):
+    path = tmp_path / 'files' / 'file'
+    path.parent.mkdir()
+    path.write_bytes(b'old')
+    agent = Agent(tmp_path / 'agent', '--trust', keys['server'].thumbprint)
+    stream = tentacle.DataStream(10 << 20)
+    with Peer(agent.port, keys['server']) as peer:
+        request = request_bytes('IFileTransferService', 'UploadFile', str(path), stream)
+        peer.sock.sendall(request + stream_bytes(stream.id, bytes(5 << 20), length=10 << 20)[:-8])
+        eventually(lambda: temporary_files(path.parent))
+        agent.stop(signal.SIGKILL)
+    assert path.read_bytes() == b'old' and len(temporary_files(path.parent)) == 1
+    agent = Agent(tmp_path / 'agent', '--trust', keys['server'].thumbprint)
+    assert os.listdir(str(path.parent)) == ['file'] and path.read_bytes() == b'old'
+    # One that is still on its way is left alone by an agent of the same home that starts.
+    with Peer(agent.port, keys['server']) as peer:
+        peer.sock.sendall(request + stream_bytes(stream.id, bytes(5 << 20), length=10 << 20)[:-8])
+        eventually(lambda: temporary_files(path.parent))
+        Agent(tmp_path / 'agent').stop()
+        assert len(temporary_files(path.parent)) == 1
+        peer.sock.sendall(bytes(5 << 20) + struct.pack('<q', 10 << 20))
+        assert peer.take_message()['result']['Length'] == 10 << 20
+    assert agent.stop() == 0
+    assert os.listdir(str(path.parent)) == ['file'] and path.read_bytes() == bytes(10 << 20)
+    assert os.listdir(os.path.join(agent.home, '.uploads')) == []
+
+
+def test_a_full_disk_leaves_the_old_file(tmp_path, keys):
+    """A file system of 2 MB where we may mount one, else a quota for the agent's files."""
+    folder = tmp_path / 'small'
+    folder.mkdir()
+    mount = ['mount', '-t', 'tmpfs', '-o', 'size=2m', 'tmpfs', str(folder)]
+    mounted = subprocess.run(mount, stderr=subprocess.DEVNULL).returncode == 0
+    before = resource.getrlimit(resource.RLIMIT_FSIZE)
+    try:
+        if not mounted:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (2 << 20, before[1]))
+        (folder / 'file').write_bytes(b'old')
+        with listening(
+            tmp_path / 'home', keys['agent'], [keys['server'].thumbprint], spare_disk=-1 << 50
+        ) as agent:  # or it would look ahead
+            endpoint = tentacle.ServiceEndPoint(
+                'https://127.0.0.1:%d/' % agent.port, keys['agent'].thumbprint
+            )
+            with tentacle.TentacleClient(endpoint, keys['server']) as client:
+                with pytest.raises(tentacle.ServiceError, match='No space left|too large'):
+                    upload(client, folder / 'file', bytes(5 << 20))
+                assert os.listdir(str(folder)) == ['file']
+                assert (folder / 'file').read_bytes() == b'old'
+                upload(client, folder / 'file', b'new')
+        with listening(
+            tmp_path / 'home', keys['agent'], [keys['server'].thumbprint], spare_disk=1 << 50
+        ) as agent:
+            endpoint = endpoint._replace(uri='https://127.0.0.1:%d/' % agent.port)
+            with tentacle.TentacleClient(endpoint, keys['server']) as client:
+                with pytest.raises(tentacle.ServiceError, match='does not fit'):
+                    upload(client, folder / 'file', bytes(5 << 20))
+        assert (folder / 'file').read_bytes() == b'new'
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, before)
+        if mounted:
+            subprocess.run(['umount', str(folder)], check=True)
+
+
+def test_three_gigabytes_in_little_memory(client, shared_agent, tmp_path):
+    length = 3 << 30
+    if shutil.disk_usage(str(tmp_path)).free < length + (1 << 30):
+        pytest.skip('the disk is short of 4 GiB')
+    with open(str(tmp_path / 'sparse'), 'wb') as file:
+        file.truncate(length)
+    client.capabilities()
+    pid = shared_agent.process.pid
+    with open('/proc/%d/clear_refs' % pid, 'w') as file:
+        file.write('5')  # the peak starts anew
+    before = memory_kb(pid, 'VmRSS')
+    with open(str(tmp_path / 'sparse'), 'rb') as file:
+        result = client.upload(file, str(tmp_path / 'file'))
+    assert result.length == length == os.path.getsize(str(tmp_path / 'file'))
+    os.truncate(str(tmp_path / 'file'), 1 << 30)
+    with open(os.devnull, 'wb') as file:
+        assert client.download(str(tmp_path / 'file'), file).length == 1 << 30
+    assert memory_kb(pid, 'VmHWM') - before < 8 << 10
+    os.unlink(str(tmp_path / 'file'))
+
+
+def test_a_download_is_of_the_file_as_it_was_when_opened(client, tmp_path):
+    path = tmp_path / 'file'
+    content = os.urandom(4 << 20)
+    path.write_bytes(content)
+
+    class Replaces(io.BytesIO):
+        def write(self, data):
+            if not self.tell():
+                upload_beside()
+            return super().write(data)
+
+    def upload_beside():
+        with tentacle.TentacleClient(client.endpoint, client._identity) as other:
+            upload(other, path, b'new')
+
+    target = Replaces()
+    client.download(str(path), target)
+    assert target.getvalue() == content and path.read_bytes() == b'new'
+
+
+def test_data_streams_in_another_order(tmp_path):
+    """Two that come in the wrong order: the one that makes way lies in the spool."""
+    contents = [os.urandom(200000), os.urandom(300)]
+    streams = [data_stream(content) for content in contents]
+    request = request_bytes('s', 'm', *streams)
+    wire = [stream_bytes(stream.id, content) for stream, content in zip(streams, contents)]
+    for order in (wire, wire[::-1]):
+        got = []
+
+        def handle(request):
+            for stream in request.params:
+                with stream.open() as file:
+                    got.append(file.read())
+            return tentacle.Response(request.id)
+
+        data = b'MX-CLIENT 1.0\r\n\r\n' + request + b''.join(order) + b'END\r\n'
+        tentacle.MessageExchange(ScriptedStream(data), str(tmp_path)).as_server(handle)
+        assert got == contents
+    assert os.listdir(str(tmp_path)) == []
+
+
+def test_a_stream_that_is_read_in_part_is_read_past(tmp_path):
+    content = os.urandom(100000)
+    stream = data_stream(content)
+    data = request_bytes('s', 'm', stream) + stream_bytes(stream.id, content)
+    seen = []
+
+    def handle(request):
+        seen.append(len(request.params[0].open().read(777)))
+        return tentacle.Response(request.id)
+
+    data = b'MX-CLIENT 1.0\r\n\r\n' + data + b'NEXT\r\n' + data + b'END\r\n'
+    tentacle.MessageExchange(ScriptedStream(data), str(tmp_path)).as_server(handle)
+    assert seen == [777, 777]
 
 
 @pytest.mark.parametrize('name', CAPTURES)
@@ -3975,13 +4414,6 @@ def median_ms(function, times):
         function()
         seconds.append(time.perf_counter() - started)
     return sorted(seconds)[times // 2] * 1000
-
-
-def memory_kb(pid, field='VmRSS'):
-    """A field of /proc/PID/status in kB."""
-    return int(
-        re.search(field + r':\s+(\d+)', open_bytes('/proc/%d/status' % pid).decode()).group(1)
-    )
 
 
 def proportional_kb(pid):
