@@ -997,6 +997,7 @@ class PinningAcceptor:
         self._identity = identity
         self._trusted = trusted
         self._lock = threading.Lock()
+        self._quiet_context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
         self._context = self._new_context()
         self._context_trusts: FrozenSet[str] = frozenset()
 
@@ -1048,6 +1049,8 @@ class PinningAcceptor:
         sock.settimeout(timeout)
         try:
             sock.do_handshake()
+            # The message callback has done its work; it would go on to see every record.
+            sock.context = self._quiet_context
             stream = SecureStream(sock, peer)
         except OSError as error:
             seen = getattr(sock, 'seen_thumbprint', None)
@@ -2516,9 +2519,7 @@ class MessageExchange:
         self.stream.write(identification_line(CLIENT))
         self._read_identification()
 
-    def call(
-        self, request: Request, take: Optional[Callable[[Response], None]] = None
-    ) -> Response:
+    def call(self, request: Request, take: Optional[Callable[[Response], None]] = None) -> Response:
         """Send a request, with `go_on` ahead of it when it is not the first, and await its
         response.
 
@@ -4258,8 +4259,8 @@ class FileTransferService:
         if self._root is not None and os.path.commonpath([self._root, real_path]) != self._root:
             raise TentacleError(
                 '%s is outside %s, and this tentacle reads and writes files there alone '
-                '(--files-root)' % (path if path == real_path else path + ' -> ' + real_path,
-                self._root)
+                '(--files-root)'
+                % (path if path == real_path else path + ' -> ' + real_path, self._root)
             )
         if make:
             os.makedirs(self._root or folder, exist_ok=True)
@@ -5895,7 +5896,7 @@ def _remote_place(text: str) -> Tuple[str, str]:
     """(target, path) of TARGET:PATH. Raises UsageError."""
     match = re.match(
         r'((?:https|poll)://[^/]+/?'
-        r'|(?:\[[^\]]+\]|[^:/\[\]]+)(?::\d{1,5}(?=:))?):(.+)\Z',
+        r'|(?!\w+://)(?:\[[^\]]+\]|[^:/\[\]]+)(?::\d{1,5}(?=:))?):(.+)\Z',
         text,
         re.S,
     )

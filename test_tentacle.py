@@ -3099,7 +3099,7 @@ def test_what_is_no_file(client, tmp_path, kind):
         'empty': '',
     }[kind]
     client.capabilities()
-    (exchange, _), = client._pool
+    ((exchange, _),) = client._pool
     with pytest.raises(tentacle.ServiceError, match='directory|not a file|not the name'):
         upload(client, path, bytes(3 << 20))
     with pytest.raises(tentacle.ServiceError, match='directory|not a file|not the name'):
@@ -3994,6 +3994,208 @@ def test_a_reader_that_leaves_cancels_the_script(dispatcher, shared_agent):
     assert os.listdir(os.path.join(shared_agent.home, 'Work')) == []
 
 
+def test_upload_and_download(dispatcher, shared_agent, tmp_path):
+    home, target = dispatcher
+    content = os.urandom(3 << 20)
+    (tmp_path / 'in').write_bytes(content)
+    place = '%s:%s' % (target, tmp_path / 'there' / 'a b')
+    code, out, err = cli('upload', str(tmp_path / 'in'), place, target + ':second', home=home)
+    assert (code, err) == (0, '')
+    digest = hashlib.sha1(content).hexdigest()
+    lines = out.splitlines()
+    assert lines[0].startswith('Uploaded to %s (3.1 MB, ' % place) and digest in lines[0]
+    assert lines[1].startswith('Uploaded to %s:%s/second' % (target, shared_agent.home))
+    (tmp_path / 'out').write_bytes(b'old')
+    os.chmod(str(tmp_path / 'out'), 0o640)
+    code, out, err = cli('download', place, str(tmp_path / 'out'), home=home)
+    assert (code, err) == (0, '') and out.startswith('Downloaded from %s (3.1 MB' % place)
+    assert open_bytes(str(tmp_path / 'out')) == content
+    assert stat.S_IMODE(os.stat(str(tmp_path / 'out')).st_mode) == 0o640
+    assert cli('download', place, str(tmp_path), home=home)[0] == 0  # into a folder
+    assert open_bytes(str(tmp_path / 'a b')) == content
+
+
+def test_standard_input_and_output(dispatcher, tmp_path):
+    home, target = dispatcher
+    place = '%s:%s' % (target, tmp_path / 'there')
+    assert cli('upload', '-', place, home=home, stdin=b'piped')[0] == 0
+    code, out, err = cli('download', place, '-', home=home)
+    assert (code, out) == (0, 'piped') and err.startswith('Downloaded')
+    code, _, err = cli('download', place, '-', '--json', home=home)
+    assert code == 2 and 'standard output' in err
+
+
+def test_events_of_transfers(dispatcher, tmp_path):
+    home, target = dispatcher
+    (tmp_path / 'in').write_bytes(b'content')
+    places = ['%s:%s' % (target, tmp_path / 'out'), '%s:/proc' % target]
+    code, out, err = cli('upload', '--json', str(tmp_path / 'in'), *places, home=home)
+    done, failed = [json.loads(line) for line in out.splitlines()]
+    assert done.pop('seconds') >= 0
+    assert done == {
+        'event': 'done',
+        'target': target,
+        'path': str(tmp_path / 'out'),
+        'full_path': str(tmp_path / 'out'),
+        'bytes': 7,
+        'sha1': hashlib.sha1(b'content').hexdigest(),
+    }
+    assert (failed['event'], failed['path']) == ('failed', '/proc') and 'directory' in err
+    assert code == 1
+    code, out, _ = cli('download', '--json', places[1], str(tmp_path / 'x'), home=home)
+    assert code == 1 and json.loads(out)['event'] == 'failed'
+
+
+def test_a_directory_goes_by_tar(dispatcher, tmp_path):
+    home, target = dispatcher
+    code, _, err = cli('upload', str(tmp_path), target + ':x', home=home)
+    assert code == 2 and 'tar' in err and 'exec' in err
+    code, _, err = cli('download', target + ':/proc', str(tmp_path / 'x'), home=home)
+    assert code == 1 and 'tar' in err
+
+
+@pytest.mark.parametrize('place', ['host', 'host:', ':/x', 'https://host', '/path', ''])
+def test_what_is_no_place_of_a_file(place):
+    with pytest.raises(tentacle.UsageError, match='TARGET:PATH'):
+        tentacle._remote_place(place)
+
+
+@pytest.mark.parametrize(
+    'text, place',
+    [
+        ('web-1:/x', ('web-1', '/x')),
+        ('web-1:10934:/x:y', ('web-1:10934', '/x:y')),
+        ('web-1:10934', ('web-1', '10934')),
+        ('web-1:C:\\x', ('web-1', 'C:\\x')),
+        ('[::1]:10933:x', ('[::1]:10933', 'x')),
+        ('[::1]:x', ('[::1]', 'x')),
+        ('https://h:1/:/x', ('https://h:1/', '/x')),
+        ('poll://abc/:x\ny', ('poll://abc/', 'x\ny')),
+    ],
+)
+def test_places_of_files(text, place):
+    assert tentacle._remote_place(text) == place
+
+
+def test_a_failed_download_leaves_the_old_file(dispatcher, shared_agent, tmp_path):
+    home, target = dispatcher
+    (tmp_path / 'source').write_bytes(bytes(3 << 20))
+    (tmp_path / 'mine').write_bytes(b'old')
+    mine = str(tmp_path / 'mine')
+    code, _, err = cli('download', target + ':/missing', mine, home=home)
+    assert code == 1 and 'There is no file /missing on ' + target in err
+    with Forwarder(shared_agent.port, lambda number: ('cut', False, 2 << 20)) as between:
+        through = '127.0.0.1:%d' % between.port
+        endpoint = shared_agent.endpoint._replace(uri='https://%s/' % through)
+        tentacle.Targets(home).pin(through, endpoint)
+        code, _, err = cli('download', '%s:%s' % (through, tmp_path / 'source'), mine, home=home)
+    assert code == 1 and 'closed the connection' in err or 'broke' in err
+    assert open_bytes(mine) == b'old'
+    assert sorted(os.listdir(str(tmp_path))) == ['mine', 'source']
+
+
+@pytest.mark.parametrize('to_server', [True, False])
+def test_ctrl_c_leaves_no_half_file(dispatcher, shared_agent, tmp_path, to_server):
+    home, target = dispatcher
+    here, there = tmp_path / 'here', tmp_path / 'there'
+    for folder in (here, there):
+        folder.mkdir()
+    source = (here if to_server else there) / 'source'
+    source.write_bytes(bytes(3 << 20))
+    with Forwarder(shared_agent.port, lambda number: ('swallow', to_server, 2 << 20)) as between:
+        through = '127.0.0.1:%d' % between.port
+        endpoint = shared_agent.endpoint._replace(uri='https://%s/' % through)
+        tentacle.Targets(home).pin(through, endpoint)
+        words = ['upload', str(source), '%s:%s' % (through, there / 'copy')]
+        if not to_server:
+            words = ['download', '%s:%s' % (through, source), str(here / 'copy')]
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM, words[0], '--home', home] + words[1:],
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+        )
+        eventually(lambda: temporary_files(there if to_server else here))
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert (process.returncode, out, err) == (130, b'', b'')
+    eventually(lambda: sorted(os.listdir(str(here)) + os.listdir(str(there))) == ['source'])
+
+
+def on_terminal(command, columns=80, **environment):
+    """(exit code, what a terminal shows) of a command that has one."""
+    import fcntl
+    import pty
+    import termios
+
+    master, slave = pty.openpty()
+    fcntl.ioctl(slave, termios.TIOCSWINSZ, struct.pack('HHHH', 24, columns, 0, 0))
+    process = subprocess.Popen(
+        command, stdin=slave, stdout=slave, stderr=slave, env=dict(os.environ, **environment)
+    )
+    os.close(slave)
+    shown = b''
+    with contextlib.suppress(OSError):  # EIO: the last one has closed it
+        while True:
+            part = os.read(master, 65536)
+            if not part:
+                break
+            shown += part
+    os.close(master)
+    return process.wait(20), shown.decode()
+
+
+@pytest.mark.parametrize('columns', [80, 40])
+def test_a_bar_on_a_terminal(dispatcher, shared_agent, tmp_path, columns):
+    home, _ = dispatcher
+    (tmp_path / 'source').write_bytes(bytes(3 << 20))
+    # The bar shows itself when there is time for it.
+    with Forwarder(shared_agent.port, lambda number: ('delay', False, 2 << 20)) as between:
+        through = '127.0.0.1:%d' % between.port
+        endpoint = shared_agent.endpoint._replace(uri='https://%s/' % through)
+        tentacle.Targets(home).pin(through, endpoint)
+        place = '%s:%s' % (through, tmp_path / 'source')
+        command = [sys.executable, PROGRAM, 'download', '--home', home, place, os.devnull]
+        code, shown = on_terminal(command, columns, COLUMNS='')
+    assert code == 0
+    bars = re.findall(r'[^\r\n]*\d+%  [\d.]+ MB of 3.1 MB  [\d.]+ .B/s  \d+:\d\d left', shown)
+    assert bars and all(len(bar) < columns for bar in bars)
+    assert shown.rstrip().splitlines()[-1].rpartition('\r')[2].startswith('Downloaded from')
+
+
+def test_files_of_a_script(dispatcher, tmp_path):
+    home, target = dispatcher
+    (tmp_path / 'a b.txt').write_bytes(b'first ')
+    (tmp_path / 'big').write_bytes(bytes(300000))
+    words = ['--file', str(tmp_path / 'a b.txt'), '--file', str(tmp_path / 'big')]
+    script = 'cat "a b.txt"; wc -c < big'
+    assert cli('exec', target, *words, '--', script, home=home) == (0, 'first 300000\n', '')
+    (tmp_path / 'other').mkdir()
+    (tmp_path / 'other' / 'big').write_bytes(b'')
+    code, _, err = cli(
+        'exec', target, *words, '--file', str(tmp_path / 'other' / 'big'), '--', 'x', home=home
+    )
+    assert code == 2 and 'two of the files are named big' in err
+    code, _, err = cli('exec', target, '--file', '/missing', '--', 'x', home=home)
+    assert code == 2 and '/missing can not be read' in err
+
+
+def test_a_file_that_was_damaged_is_told_of(keys):
+    def serve(connection, number):
+        request = connection.take_message()
+        length = request['params'][1]['length']
+        connection.take(24 + length + 8)
+        result = {'FullPath': '/x', 'Hash': '0' * 40, 'Length': Int64(length)}
+        kind = tentacle.UploadResult.wire_type
+        connection.answer(
+            {'id': request['id'], 'error': None, 'result': dict({'$type': kind}, **result)}
+        )
+
+    with FakeTentacle(keys['agent'], serve) as fake:
+        with tentacle.TentacleClient(fake.endpoint, keys['server']) as client:
+            with pytest.raises(tentacle.TentacleError, match='damaged on its way'):
+                client.upload(io.BytesIO(b'content'), '/x')
+
+
 # ---- 18. Configuration ---------------------------------------------------------------------------
 
 ORIGINALS_SETTINGS = '''\ufeff<?xml version="1.0" encoding="utf-8"?>
@@ -4547,6 +4749,109 @@ def bench_memory_of_scripts(agent, client, keys):
         completed(client, ticket)
 
 
+def bare_tls_receiving(identity, size):
+    """MB/s that a loop of Python's ssl receives from another process and forgets."""
+    code = """if True:
+        import socket, ssl, sys
+        context = ssl.SSLContext(ssl.PROTOCOL_TLS_CLIENT)
+        context.check_hostname, context.verify_mode = False, ssl.CERT_NONE
+        context.set_ciphers(sys.argv[2])
+        sock = context.wrap_socket(socket.create_connection(('127.0.0.1', int(sys.argv[1]))))
+        block = bytes(1 << 20)
+        for _ in range(int(sys.argv[3]) >> 20):
+            sock.sendall(block)
+        sock.recv(1)
+        """
+    context = tentacle._tls_context(ssl.PROTOCOL_TLS_SERVER, identity)
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        arguments = [str(server.getsockname()[1]), tentacle.CIPHERS, str(size)]
+        sender = subprocess.Popen([sys.executable, '-c', code] + arguments)
+        sock, _ = server.accept()
+        with context.wrap_socket(sock, server_side=True) as secure:
+            buffer = memoryview(bytearray(1 << 20))
+            started = time.perf_counter()
+            left = size >> 20 << 20
+            while left:
+                left -= secure.recv_into(buffer)
+            seconds = time.perf_counter() - started
+            secure.sendall(b'x')
+        sender.wait()
+    return size / seconds / 1e6
+
+
+def scp_speed(folder, source, size):
+    """MB/s of scp over loopback, None where there is no sshd."""
+    import getpass
+
+    sshd = shutil.which('sshd', path='/usr/sbin:/usr/local/sbin')
+    if not (sshd and shutil.which('scp')):
+        return None
+    for name in ('host_key', 'user_key'):
+        path = os.path.join(folder, name)
+        subprocess.run(['ssh-keygen', '-q', '-t', 'ed25519', '-N', '', '-f', path], check=True)
+    os.makedirs('/run/sshd', exist_ok=True)
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    options = {
+        'HostKey': os.path.join(folder, 'host_key'),
+        'AuthorizedKeysFile': os.path.join(folder, 'user_key.pub'),
+        'ListenAddress': '127.0.0.1',
+        'Port': port,
+        'StrictModes': 'no',
+        'UsePAM': 'no',
+        'PidFile': 'none',
+        'PermitRootLogin': 'yes',
+        'Subsystem': 'sftp internal-sftp',
+    }
+    settings = [word for item in options.items() for word in ('-o', '%s=%s' % item)]
+    command = [sshd, '-D', '-e', '-f', '/dev/null'] + settings
+    with open(os.path.join(folder, 'sshd.log'), 'wb') as log:
+        daemon = subprocess.Popen(command, stderr=log)
+    target = '%s@127.0.0.1:%s' % (getpass.getuser(), os.path.join(folder, 'scp-copy'))
+    known = ['-o', 'StrictHostKeyChecking=no', '-o', 'UserKnownHostsFile=/dev/null']
+    command = ['scp', '-q', '-P', str(port), '-i', os.path.join(folder, 'user_key')] + known
+
+    def copy(name):
+        started = time.perf_counter()
+        done = subprocess.run(command + [name, target], stderr=subprocess.DEVNULL)
+        return done.returncode == 0 and time.perf_counter() - started
+
+    try:
+        eventually(lambda: copy(options['HostKey']))  # it listens
+        return size / copy(source) / 1e6
+    finally:
+        daemon.terminate()
+        daemon.wait()
+
+
+def bench_files(agent, client, keys):
+    size = 500 << 20
+    folder = agent.home
+    source, target = os.path.join(folder, 'source'), os.path.join(folder, 'target')
+    with open(source, 'wb') as file:
+        for _ in range(size >> 20):
+            file.write(os.urandom(1 << 20))
+    bare = bare_tls_receiving(keys['agent'], size)
+    scp = scp_speed(folder, source, size)
+    text = 'a bare ssl loop %.0f, scp %s' % (bare, '%.0f' % scp if scp else 'not here')
+    speeds = []
+    for _ in range(2):
+        started = time.perf_counter()
+        with open(source, 'rb', buffering=0) as file:
+            client.upload(file, target)
+        speeds.append(size / (time.perf_counter() - started) / 1e6)
+    measured('upload of 500 MB', 'MB/s', max(speeds), text, '> %.0f' % (0.6 * bare))
+    started = time.perf_counter()
+    with open(source, 'wb', buffering=0) as file:
+        client.download(target, file)
+    speed = size / (time.perf_counter() - started) / 1e6
+    digest, started = tentacle.sha1(), time.perf_counter()
+    for _ in range(50):
+        digest.update(bytes(1 << 20))
+    text = 'SHA-1 alone %.0f on one core' % (50 * 1.048576 / (time.perf_counter() - started))
+    measured('download of 500 MB', 'MB/s', speed, text, '> %.0f' % (2 * scp if scp else 0))
+
+
 def bench_start_and_idle(folder, keys):
     """Started as a user starts it: Python may keep its bytecode."""
     environment = {
@@ -4609,7 +4914,7 @@ def bench():
     with tempfile.TemporaryDirectory(prefix='tentacle-bench-') as folder:
         keys = Keys(folder)
         bench_start_and_idle(folder, keys)
-        for part in (bench_calls, bench_scripts, bench_logs, bench_memory_of_scripts):
+        for part in (bench_calls, bench_files, bench_scripts, bench_logs, bench_memory_of_scripts):
             home = os.path.join(folder, part.__name__)
             agent = Agent(home, '--trust', keys['server'].thumbprint)
             try:
