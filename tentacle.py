@@ -38,10 +38,10 @@ Sections, in the order of the file; a definition uses only what stands above it:
      3  Logging and threads                    13  Script execution
      4  Certificates and thumbprints           14  Tentacle services
      5  Secure streams                         15  Listening
-     6  Proxies and dialling                   17  Dispatcher
-     7  BSON                                   18  Configuration
-     8  Messages                               19  Command line
-     9  Message serializer
+     6  Proxies and dialling                   16  Polling
+     7  BSON                                   17  Dispatcher
+     8  Messages                               18  Configuration
+     9  Message serializer                     19  Command line
 
 "wire notes" in the comments below are the project's notes on Halibut, with their section.
 """
@@ -56,7 +56,7 @@ import sys
 #: Verbs that stay for long. CPython keeps the syntax tree of a script for as long as it runs, for
 #: this file some 10 MB; run as a module, from cached bytecode, it needs none, and no site-packages
 #: either.
-_RESIDENT_VERBS = ('listen',)
+_RESIDENT_VERBS = ('listen', 'poll', 'serve')
 _RUN_AS_MODULE = """import sys
 from importlib.machinery import SourceFileLoader
 sys.argv[:] = sys.argv[1:]
@@ -84,8 +84,10 @@ import hashlib
 import io
 import json
 import logging
+import random
 import re
 import secrets
+import select
 import selectors
 import signal
 import socket
@@ -114,6 +116,7 @@ from typing import (
     Optional,
     Sequence,
     Tuple,
+    Union,
 )
 
 __version__ = '0.1.0'
@@ -122,13 +125,20 @@ TENTACLE_VERSION = '9.0.0'
 
 __all__ = [
     'run',
+    'AgentServices',
     'ListeningTentacle',
+    'PollingTentacle',
+    'PollingServer',
+    'PolledClient',
+    'PolledConnection',
     'TentacleClient',
+    'Proxy',
     'ServiceEndPoint',
     'ScriptResult',
     'OutputLine',
     'TentacleError',
     'ConnectionLost',
+    'NotDelivered',
     'UntrustedThumbprint',
     'ProtocolError',
     'ServiceError',
@@ -153,6 +163,10 @@ class ConnectionLost(TentacleError):
     """The connection is gone, or was never made: dial again. A request that was written may have
     run.
     """
+
+
+class NotDelivered(ConnectionLost):
+    """The call never left this side: nothing has run, it may be made again."""
 
 
 class UntrustedThumbprint(TentacleError):
@@ -197,6 +211,12 @@ class Limits(NamedTuple):
     connect: float = 60.0  # TCP connect of a dialler (wire notes 2)
     progress: float = 60.0  # between two bytes of one message, either way (wire notes 2)
     response: float = 300.0  # a caller's wait for the first byte of an answer (wire notes 2)
+    request: float = 60.0  # a polling tentacle's wait for a request: null comes after 30 (notes 2)
+    keep_alive: float = 30.0  # a server's wait for work, then it sends null (wire notes 2)
+    queue: float = 120.0  # a call's wait for its tentacle to poll, where its caller sets no other
+    least_back_off: float = 5.0  # between two dials of a polling tentacle (wire notes 2)
+    most_back_off: float = 120.0
+    acknowledge: float = 600.0  # `poll --once` waits so long for a script to be completed
     idle: float = 600.0  # a listener's wait for NEXT: a client pools a connection for 9 minutes
     pooled: float = 540.0  # what our own dispatcher pools it for
     start_wait: float = 240.0  # longest wait inside StartScript: below the caller's `response`
@@ -206,6 +226,7 @@ class Limits(NamedTuple):
     reconnect_pause: float = 1.0  # before a dispatcher asks again for a script's status,
     reconnect_attempts: int = 5  # and how often it does (wire notes 2)
     # -- what arrives
+    proxy_answer: int = 16 << 10  # bytes of a proxy's headers
     greeting: int = 20000  # characters up to the blank line (wire notes 1)
     control_line: int = 1000  # characters of a control line: the longest has a subscription's URI
     request_bytes: int = 32 << 20  # of an inflated request: script bodies reach some MiB
@@ -219,6 +240,7 @@ class Limits(NamedTuple):
     stream_in_memory: int = 64 << 10  # a data stream up to this size never touches the disk
     # -- what we serve
     connections: int = 1000  # of pinned peers at once: a thread each
+    polling_connections: int = 5000  # the same of a server that tentacles poll
     strangers: int = 512  # connections that have not shaken hands; beyond it the oldest goes
     thread_stack: int = 512 << 10  # bytes of address space for a connection's thread
     log_line: int = 32 << 10  # characters of one log entry: a line without end is cut
@@ -806,6 +828,19 @@ _TRUSTED_FOR_CLIENT_AUTH = bytes.fromhex('300c300a06082b06010505070302')
 _CONTENT_HANDSHAKE, _MESSAGE_CERTIFICATE = 22, 11
 
 
+_TCP_QUICKACK = getattr(socket, 'TCP_QUICKACK', None)
+
+
+def _hang_up(sock: socket.socket) -> None:
+    """Wake whoever waits on a socket, from another thread; TLS is left aside, since it is in their
+    hands.
+    """
+    try:
+        socket.socket.shutdown(sock, socket.SHUT_RDWR)
+    except OSError:
+        pass  # it was not connected any more
+
+
 def _tls_context(protocol: int, identity: Identity) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
@@ -837,25 +872,23 @@ def _add_to_store(context: ssl.SSLContext, certificate: bytes) -> None:
         context.load_verify_locations(cafile=path)
 
 
-class SecureStream:
-    """Bytes over a TLS connection to a known peer. Used by one thread at a time.
+class SocketStream:
+    """Bytes over a connected socket. Used by one thread at a time.
 
     Errors of I/O come out as ConnectionLost; `timeout` (seconds) bounds each wait for the peer.
     """
 
-    def __init__(self, sock: ssl.SSLSocket, peer: str):
+    certificate: Optional[bytes] = None  #: DER, None: the peer showed none
+
+    def __init__(self, sock: socket.socket, peer: str):
         self.peer = peer  #: address for logs
-        self.certificate: Optional[bytes] = sock.getpeercert(
-            binary_form=True
-        )  #: DER, None: showed none
         self._sock = sock
         self._leftover = b''
         self._deadline: Optional[float] = None
-        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
 
-    @property
-    def thumbprint(self) -> Optional[str]:
-        return thumbprint_of(self.certificate) if self.certificate else None
+    def fileno(self) -> int:
+        """For `selectors`."""
+        return self._sock.fileno()
 
     def set_timeout(self, seconds: float) -> None:
         """Bound each single wait from now on."""
@@ -969,11 +1002,47 @@ class SecureStream:
         except OSError as error:
             raise self._lost(error)
 
+    def has_more(self) -> bool:
+        """Whether something came that was not read, be it the end."""
+        if self._leftover:
+            return True
+        with selectors.PollSelector() as selector:
+            selector.register(self._sock, selectors.EVENT_READ)
+            return bool(selector.select(0))
+
+    def hang_up(self) -> None:
+        """End the connection under whoever waits for it. Any thread may call."""
+        _hang_up(self._sock)
+
+    def close(self) -> None:
+        self._sock.close()
+
+
+class SecureStream(SocketStream):
+    """Bytes over a TLS connection to a known peer."""
+
+    def __init__(self, sock: ssl.SSLSocket, peer: str):
+        super().__init__(sock, peer)
+        self.certificate = sock.getpeercert(binary_form=True)
+        sock.setsockopt(socket.IPPROTO_TCP, socket.TCP_NODELAY, 1)
+
+    @property
+    def thumbprint(self) -> Optional[str]:
+        return thumbprint_of(self.certificate) if self.certificate else None
+
+    def _receive(self, receive: Callable[..., Any], what: Any) -> Any:
+        if _TCP_QUICKACK is not None:
+            # A peer with Nagle's algorithm holds back its next small write until this one is
+            # acknowledged; the option wears off, so it is set for each wait (wire notes 1).
+            with contextlib.suppress(OSError):
+                self._sock.setsockopt(socket.IPPROTO_TCP, _TCP_QUICKACK, 1)
+        return super()._receive(receive, what)
+
     def close(self) -> None:
         """Say goodbye, without waiting for an answer, and close."""
         try:
             self._sock.settimeout(0)
-            self._sock.unwrap()
+            self._sock.unwrap()  # type: ignore[attr-defined]
         except (OSError, ValueError):
             pass  # the peer's goodbye has not come: no matter
         self._sock.close()
@@ -1077,104 +1146,338 @@ class PinningAcceptor:
 # ---- 6. Proxies and dialling ---------------------------------------------------------------------
 
 LISTENING_PORT = 10933
+POLLING_PORT = 10943
+
+
+class Proxy(NamedTuple):
+    """An HTTP proxy that tunnels by CONNECT."""
+
+    host: str
+    port: int
+    user: str = ''
+    password: Secret = Secret()
+
+    def __str__(self) -> str:
+        return _host_and_port((self.host, self.port))
 
 
 class ServiceEndPoint(NamedTuple):
     """Where a tentacle is, and the thumbprint it must show (None: not pinned, so never called)."""
 
-    uri: str  # https://host:port/
+    uri: str  # https://host:port/, or poll://subscription/
     thumbprint: Optional[str] = None
+    proxy: Optional[Proxy] = None  # to go through
+    queue_timeout: float = LIMITS.queue  # seconds until a polling tentacle must fetch a call
+
+    @property
+    def is_polling(self) -> bool:
+        return self.uri.startswith('poll://')
 
     @property
     def address(self) -> Tuple[str, int]:
-        """(host, port) of the URI."""
+        """(host, port) of an https URI."""
         host, _, port = self.uri[len('https://') :].rstrip('/').rpartition(':')
         return host.strip('[]'), int(port)
 
 
-def parse_target_uri(text: str) -> str:
+def parse_target_uri(text: str, default_port: int = LISTENING_PORT) -> str:
     """`host`, `host:port`, `[v6]:port`, a bare IPv6 address or an https URL as
-    `https://host:port/`.
+    `https://host:port/`; a `poll://subscription` with its slash.
 
     Raises UsageError.
     """
+    if text.startswith('poll://'):
+        return parse_subscription(text)
     match = re.match(
         r'(?:https://)?(?:\[([0-9A-Fa-f:.%\w]+)\]|([^\s/:@\[\]]+))(?::(\d{1,5}))?/?\Z', text
     )
     if not match and re.match(r'[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*:[0-9A-Fa-f:.]*\Z', text):
-        return 'https://[%s]:%d/' % (text.lower(), LISTENING_PORT)
-    if not match or not 0 < int(match.group(3) or LISTENING_PORT) < 65536:
+        return 'https://[%s]:%d/' % (text.lower(), default_port)
+    if not match or not 0 < int(match.group(3) or default_port) < 65536:
         raise UsageError(
-            '%s is not a target: HOST, HOST:PORT or https://HOST:PORT/ expected' % printable(text)
+            '%s is not a target: HOST, HOST:PORT, https://HOST:PORT/ or poll://SUBSCRIPTION/ '
+            'expected' % printable(text)
         )
     host = '[%s]' % match.group(1).lower() if match.group(1) else match.group(2).lower()
-    return 'https://%s:%s/' % (host, match.group(3) or LISTENING_PORT)
+    return 'https://%s:%s/' % (host, match.group(3) or default_port)
+
+
+def parse_subscription(text: str) -> str:
+    """`poll://NAME/`, in lower case as every peer's URI has it. Raises UsageError."""
+    match = re.match(r'poll://([A-Za-z0-9._-]{1,100})/?\Z', text)
+    if not match:
+        raise UsageError(
+            '%s is no subscription: poll://NAME/ expected, of letters, digits, - and _'
+            % printable(text)
+        )
+    return 'poll://%s/' % match.group(1).lower()
+
+
+def new_subscription() -> str:
+    """20 random letters and digits, as the original makes them."""
+    alphabet = 'abcdefghijklmnopqrstuvwxyz0123456789'
+    return 'poll://%s/' % ''.join(secrets.choice(alphabet) for _ in range(20))
+
+
+def _host_and_port(address: Tuple[Any, ...]) -> str:
+    host = str(address[0])
+    if host.startswith('::ffff:') and '.' in host:
+        host = host[len('::ffff:') :]  # IPv4 on the IPv6 socket
+    return '%s:%d' % ('[%s]' % host if ':' in host else host, address[1])
+
+
+def parse_proxy(text: str, password: Optional[str] = None) -> Proxy:
+    """`http://[user:password@]host[:port]`; a password given apart takes precedence.
+
+    Raises UsageError, in which no password stands.
+    """
+    from urllib.parse import unquote, urlsplit
+
+    try:
+        parts = urlsplit(text if '://' in text else 'http://' + text)
+        port = parts.port or 80
+    except ValueError:
+        parts, port = urlsplit(''), 0
+    if parts.scheme != 'http' or not parts.hostname or parts.path.strip('/') or not port:
+        raise UsageError(
+            'that is no proxy that can be used: http://[USER:PASSWORD@]HOST:PORT expected%s'
+            % (', not https' if parts.scheme == 'https' else '')
+        )
+    return Proxy(
+        parts.hostname,
+        port,
+        unquote(parts.username or ''),
+        Secret(unquote(parts.password or '') if password is None else password),
+    )
+
+
+def _is_exempt(host: str, port: int, no_proxy: str) -> bool:
+    """Whether NO_PROXY names a host: by name, suffix, address, CIDR or `*`; `:port` may follow."""
+    import ipaddress
+
+    def address_of(text: str) -> Any:
+        try:
+            return ipaddress.ip_address(text)
+        except ValueError:
+            return None
+
+    address = address_of(host)
+    for entry in re.split(r'[\s,]+', no_proxy.lower()):
+        name, colon, only_port = entry.rpartition(':')
+        if colon and only_port.isdigit() and address_of(entry) is None:
+            if int(only_port) != port:
+                continue
+            entry = name
+        if entry == '*':
+            return True
+        if address is None:
+            domain = entry.lstrip('*.')
+            if domain and ('.' + host.lower()).endswith('.' + domain):
+                return True
+        else:
+            with contextlib.suppress(ValueError):
+                if address in ipaddress.ip_network(entry.strip('[]'), strict=False):
+                    return True
+    return False
+
+
+def proxy_of_environment(uri: str, environment: Mapping[str, str] = os.environ) -> Optional[Proxy]:
+    """The proxy that `HTTPS_PROXY` or `ALL_PROXY` name for an https URI, minus `NO_PROXY`; lower
+    case first, as curl has it. Raises UsageError.
+    """
+
+    def value_of(name: str) -> str:
+        return environment.get(name.lower()) or environment.get(name) or ''
+
+    for name in ('HTTPS_PROXY', 'ALL_PROXY'):
+        text = value_of(name)
+        if text and not _is_exempt(*ServiceEndPoint(uri).address, value_of('NO_PROXY')):
+            try:
+                return parse_proxy(text)
+            except UsageError as error:
+                raise UsageError('$%s: %s' % (name, error))
+    return None
 
 
 def _keep_alive(sock: socket.socket) -> None:
-    """TCP keep-alive as the original has it (wire notes 2), as far as this system can be told."""
+    """TCP keep-alive as the original has it (wire notes 2), as far as this system can be told; and
+    the same patience with bytes that nobody acknowledges, of which keep-alive does not speak.
+    """
     sock.setsockopt(socket.SOL_SOCKET, socket.SO_KEEPALIVE, 1)
-    for option, value in (('TCP_KEEPIDLE', 15), ('TCP_KEEPINTVL', 5), ('TCP_KEEPCNT', 10)):
+    for option, value in (
+        ('TCP_KEEPIDLE', 15),
+        ('TCP_KEEPINTVL', 5),
+        ('TCP_KEEPCNT', 10),
+        ('TCP_USER_TIMEOUT', 65000),
+    ):
         if hasattr(socket, option):
             sock.setsockopt(socket.IPPROTO_TCP, getattr(socket, option), value)
 
 
-def dial_tls(uri: str, identity: Identity, limits: Limits = LIMITS) -> SecureStream:
-    """Connect to an https URI and shake hands; the peer's certificate is not judged yet.
-
-    Raises ConnectionLost with the plain reason, UntrustedThumbprint when the peer refuses ours.
-    """
-    host, port = ServiceEndPoint(uri).address
-    peer = uri[len('https://') :].rstrip('/')
+def _dial(host: str, port: int, what: str, limits: Limits) -> socket.socket:
+    """A TCP connection. Raises NotDelivered with the plain reason."""
+    peer = _host_and_port((host, port))
     try:
         sock = socket.create_connection((host, port), limits.connect)
     except (socket.gaierror, UnicodeError) as error:
-        raise ConnectionLost(
+        raise NotDelivered(
             '%s does not resolve: %s. Check the name' % (host, getattr(error, 'strerror', error))
         )
     except socket.timeout:
-        raise ConnectionLost(
+        raise NotDelivered(
             '%s does not answer within %g s: is the host up, is a firewall in between?'
             % (peer, limits.connect)
         )
     except ConnectionRefusedError:
-        raise ConnectionLost('%s refuses connections: is a tentacle listening on that port?' % peer)
+        raise NotDelivered('%s refuses connections: is a %s listening on that port?' % (peer, what))
     except OSError as error:
-        raise ConnectionLost('%s can not be reached: %s' % (peer, error.strerror or error))
+        raise NotDelivered('%s can not be reached: %s' % (peer, error.strerror or error))
+    _keep_alive(sock)
+    return sock
+
+
+def _connect_request(proxy: Proxy, target: str) -> bytes:
+    """The original's request, byte for byte (wire notes 1)."""
+    lines = ['CONNECT %s HTTP/1.0' % target, 'Host: %s' % target]
+    if proxy.user or proxy.password:
+        credentials = ('%s:' % proxy.user).encode() + proxy.password.encode()
+        lines.append('Proxy-Authorization: Basic ' + base64.b64encode(credentials).decode())
+    return ('\r\n'.join(lines) + '\r\n\r\n').encode()
+
+
+def _read_proxy_answer(sock: socket.socket, proxy: Proxy, limits: Limits) -> int:
+    """The status of a proxy's answer; what follows its blank line stays unread.
+
+    Raises NotDelivered.
+    """
+    deadline = time.monotonic() + limits.connect
+    answer = b''
+    while not re.search(rb'\n\r?\n\Z', answer):
+        sock.settimeout(max(deadline - time.monotonic(), 0.001))
+        byte = sock.recv(1)  # the tunnel's first byte may come right behind
+        if not byte:
+            raise NotDelivered(
+                'The proxy %s closes the connection without an answer to CONNECT: is it an HTTP '
+                'proxy, may this host use it?' % proxy
+            )
+        answer += byte
+        if not b'HTTP/'.startswith(answer[:5]) or len(answer) > limits.proxy_answer:
+            raise NotDelivered(
+                'What answers at %s is no HTTP proxy (it says %s): check its host and port'
+                % (proxy, printable(answer[:40].decode('latin-1')))
+            )
+    match = re.match(rb'HTTP/1\.\d (\d{3})\b', answer)
+    if not match:
+        raise NotDelivered(
+            'The proxy %s answers CONNECT with %s, where HTTP/1.0 200 or the like was expected'
+            % (proxy, printable(answer.split(b'\n')[0].decode('latin-1').strip(), 60))
+        )
+    return int(match.group(1))
+
+
+def _open_tunnel(sock: socket.socket, proxy: Proxy, target: str, limits: Limits) -> None:
+    """Ask a proxy for a tunnel to `host:port` (wire notes 1). Raises NotDelivered, each refusal
+    with its next step, and without a password.
+    """
+    try:
+        sock.settimeout(limits.connect)
+        sock.sendall(_connect_request(proxy, target))
+        status = _read_proxy_answer(sock, proxy, limits)
+    except socket.timeout:
+        raise NotDelivered(
+            'The proxy %s takes connections, but does not answer CONNECT %s within %g s: is it an '
+            'HTTP proxy, can it reach that host?' % (proxy, target, limits.connect)
+        )
+    except OSError as error:
+        raise NotDelivered(
+            'The proxy %s broke the connection (%s): is it an HTTP proxy, may this host use it?'
+            % (proxy, error.strerror or error)
+        )
+    if status == 200:
+        return
+    if status == 407:
+        reason = (
+            'refuses user %s (407): check the user and the password' % proxy.user
+            if proxy.user
+            else 'wants a user and a password (407): --proxy http://USER@HOST:PORT with '
+            '--proxy-password-file'
+        )
+    elif status == 403:
+        reason = 'does not allow CONNECT to %s (403): its administrator can permit it' % target
+    elif status in (502, 503, 504):
+        reason = 'can not reach %s (%d): check that name and port, as the proxy sees them' % (
+            target,
+            status,
+        )
+    else:
+        reason = 'answers CONNECT %s with status %d, where 200 was expected' % (target, status)
+    raise NotDelivered('The proxy %s %s' % (proxy, reason))
+
+
+def dial_tls(
+    uri: str, identity: Identity, limits: Limits = LIMITS, proxy: Optional[Proxy] = None
+) -> SecureStream:
+    """Connect to an https URI and shake hands; the peer's certificate is not judged yet.
+
+    Raises NotDelivered with the plain reason, UntrustedThumbprint when the peer refuses ours.
+    """
+    host, port = ServiceEndPoint(uri).address
+    peer = _host_and_port((host, port))
+    if proxy is None:
+        sock = _dial(host, port, 'tentacle or a server', limits)
+    else:
+        sock = _dial(proxy.host, proxy.port, 'proxy', limits)
     context = _tls_context(ssl.PROTOCOL_TLS_CLIENT, identity)
     context.check_hostname = False
     context.verify_mode = ssl.CERT_NONE
     try:
-        _keep_alive(sock)
+        if proxy is not None:
+            _open_tunnel(sock, proxy, peer, limits)
+            peer += ' (through the proxy %s)' % proxy
         sock.settimeout(limits.handshake)
         return SecureStream(context.wrap_socket(sock, server_hostname=host), peer)
+    except TentacleError:
+        sock.close()
+        raise
     except OSError as error:
         sock.close()
         reason = getattr(error, 'reason', None) or error.strerror or str(error)
         if isinstance(error, socket.timeout):
-            raise ConnectionLost(
+            raise NotDelivered(
                 '%s accepts connections, but no TLS handshake came within %g s: is it a tentacle?'
                 % (peer, limits.handshake)
             )
-        raise ConnectionLost(
+        raise NotDelivered(
             '%s does not speak the TLS we need (%s): is it a tentacle?' % (peer, printable(reason))
         )
 
 
-def connect(endpoint: ServiceEndPoint, identity: Identity, limits: Limits = LIMITS) -> SecureStream:
-    """A stream to the tentacle that the endpoint names; not a byte goes to any other.
+def connect(
+    endpoint: ServiceEndPoint,
+    identity: Identity,
+    limits: Limits = LIMITS,
+    trusted: Optional[FrozenSet[str]] = None,
+) -> SecureStream:
+    """A stream to the peer that the endpoint names; not a byte goes to any other. `trusted`, where
+    there is more than one thumbprint that it may show.
 
-    Raises ConnectionLost, UntrustedThumbprint.
+    Raises NotDelivered, UntrustedThumbprint.
     """
-    stream = dial_tls(endpoint.uri, identity, limits)
-    if endpoint.thumbprint and is_pinned(stream.certificate, [endpoint.thumbprint]):
+    stream = dial_tls(endpoint.uri, identity, limits, endpoint.proxy)
+    pinned = [endpoint.thumbprint] if endpoint.thumbprint else []
+    if is_pinned(stream.certificate, pinned if trusted is None else trusted):
         return stream
     stream.close()
+    if trusted is not None:
+        raise UntrustedThumbprint(
+            '%s shows the thumbprint %s, which is not trusted' % (stream.peer, stream.thumbprint),
+            stream.thumbprint,
+        )
     raise UntrustedThumbprint(
         'THE IDENTITY OF %s IS NOT THE PINNED ONE: expected thumbprint %s, it shows %s. Either its '
         'certificate was replaced, or something in between (a proxy, a load balancer, an attacker) '
         'answers in its place. Find out which; if the new one is right: tentacle.py trust %s'
-        % (stream.peer, endpoint.thumbprint, stream.thumbprint, stream.peer),
+        % (stream.peer, endpoint.thumbprint, stream.thumbprint, stream.peer.partition(' ')[0]),
         stream.thumbprint,
     )
 
@@ -1949,6 +2252,22 @@ def _text_member(members: Dict[str, Any], name: str, what: str) -> str:
     return value
 
 
+def _endpoint_of(document: Any) -> Optional[ServiceEndPoint]:
+    """The endpoint of a request, where it has one."""
+    if not isinstance(document, dict):
+        return None
+    members = {key.lower(): value for key, value in document.items() if isinstance(value, str)}
+    try:
+        queue_timeout = Span().read(members.get('pollingrequestqueuetimeout'), [])
+    except ValueError:
+        queue_timeout = None
+    return ServiceEndPoint(
+        members.get('baseuri', ''),
+        members.get('remotethumbprint'),
+        queue_timeout=LIMITS.queue if queue_timeout is None else queue_timeout,
+    )
+
+
 def request_from_message(message: Any) -> Tuple[Request, List[DataStream]]:
     """(request, its data streams in the order they follow) of a decoded `Message`. Raises
     ProtocolError.
@@ -1965,6 +2284,7 @@ def request_from_message(message: Any) -> Tuple[Request, List[DataStream]]:
         _text_member(members, 'method', 'request'),
         [read_object(value, streams) for value in params or []],
         activity if isinstance(activity, uuid.UUID) else None,
+        _endpoint_of(members.get('endpoint')),
     ), streams
 
 
@@ -1977,7 +2297,7 @@ def request_to_message(request: Request) -> Tuple[Dict[str, Any], List[DataStrea
         'id': request.id,
         'activityId': request.activity_id,
         'endpoint': {
-            'PollingRequestQueueTimeout': '00:02:00',
+            'PollingRequestQueueTimeout': Span().write(endpoint.queue_timeout, streams),
             'RetryListeningSleepInterval': '00:00:01',
             'RetryCountLimit': 5,
             'ConnectionErrorRetryTimeout': '00:05:00',
@@ -2035,6 +2355,10 @@ def pack_message(message: Optional[Dict[str, Any]]) -> bytes:
     """The bytes of a message; None is the keep-alive of a polling connection."""
     deflate = zlib.compressobj(level=1, wbits=-15)
     return deflate.compress(encode_bson({'Message': message})) + deflate.flush()
+
+
+#: What a server sends to a polling tentacle for which it has no work.
+NULL_MESSAGE = pack_message(None)
 
 
 class _Inflated:
@@ -2422,9 +2746,9 @@ class IncomingStreams:
             self._next()
         self._finish_reader()
 
-    def close(self) -> None:
-        for file in self._kept.values():
-            file.close()
+
+#: Runs a request, and hands its response to the function.
+Handler = Callable[[Request, Callable[[Response], None]], None]
 
 
 class MessageExchange:
@@ -2439,7 +2763,6 @@ class MessageExchange:
         self._spool = spool
         self._limits = limits
         self._conversation = Conversation()
-        self._incoming: Optional[IncomingStreams] = None
 
     # -- lines
 
@@ -2469,11 +2792,19 @@ class MessageExchange:
 
     # -- messages
 
-    def _write_message(self, message: Dict[str, Any], streams: List[DataStream]) -> None:
+    def _write_message(
+        self, message: Dict[str, Any], streams: List[DataStream], control: bytes = b''
+    ) -> None:
+        """A message and the control line after it, in one write where there are no data streams."""
         self.stream.set_timeout(self._limits.progress)
+        if not streams:
+            self.stream.write(pack_message(message) + control)
+            return
         self.stream.write(pack_message(message))
         for data_stream in streams:
             self._write_stream(data_stream)
+        if control:
+            self.stream.write(control)
 
     def _write_stream(self, data_stream: DataStream) -> None:
         """id, length, the bytes, the length again (wire notes 3)."""
@@ -2498,14 +2829,7 @@ class MessageExchange:
         return message_of(document)
 
     def _incoming_streams(self, streams: List[DataStream]) -> IncomingStreams:
-        self._forget_streams()
-        self._incoming = IncomingStreams(self.stream, streams, self._spool, self._limits)
-        return self._incoming
-
-    def _forget_streams(self) -> None:
-        if self._incoming is not None:
-            self._incoming.close()
-            self._incoming = None
+        return IncomingStreams(self.stream, streams, self._spool, self._limits)
 
     # -- roles
 
@@ -2524,11 +2848,9 @@ class MessageExchange:
         response.
 
         `take` gets the response while its data streams are still on the wire, and may read each of
-        them once; without it they are kept, and can be read until the next call. Raises
-        ConnectionLost (the call may have run), ProtocolError; an error in the answer is in the
-        response, not raised.
+        them once; without it they are kept for whoever reads them later. Raises ConnectionLost (the
+        call may have run), ProtocolError; an error in the answer is in the response, not raised.
         """
-        self._forget_streams()
         self._conversation.advance(REQUEST)
         self._write_message(*request_to_message(request))
         limits = self._limits
@@ -2577,20 +2899,35 @@ class MessageExchange:
             pass  # it is gone already
         self.close()
 
-    def as_server(self, handle: Callable[[Request], Response]) -> None:
-        """Be the service of a client that dialled us, until it has no more calls.
-
-        `handle` turns each request into a response, and raises nothing but what its data streams
-        do: each can be read once, straight from the wire. Raises ConnectionLost, ProtocolError.
-        """
-        word, _ = self._read_identification()
-        if word != CLIENT:
+    def _accept(self, expected: str) -> str:
+        """Let the peer identify itself, and do so too; its subscription."""
+        word, subscription = self._read_identification()
+        if word != expected:
             raise ProtocolError(
-                '%s was expected, %s came: a listening tentacle is called, not polled'
-                % (CLIENT, word)
+                '%s was expected, %s came: %s'
+                % (
+                    expected,
+                    word,
+                    'a listening tentacle is called, not polled'
+                    if expected == CLIENT
+                    else 'this port is for tentacles that poll',
+                )
             )
+        return subscription
+
+    def _identify_as_server(self) -> None:
         self._conversation.advance(SERVER)
         self.stream.write(identification_line(SERVER))
+
+    def as_server(self, handle: Handler) -> None:
+        """Be the service of a client that dialled us, until it has no more calls.
+
+        `handle` gets each request, whose data streams can be read once, straight from the wire, and
+        a function that it calls once, with the response. It raises nothing but what these do.
+        Raises ConnectionLost, ProtocolError.
+        """
+        self._accept(CLIENT)
+        self._identify_as_server()
         limits = self._limits
         while True:
             try:
@@ -2607,20 +2944,93 @@ class MessageExchange:
                 return
             self._write_control(PROCEED)
 
-    def _serve_one(self, message: Any, handle: Callable[[Request], Response]) -> None:
+    def as_subscriber(
+        self,
+        subscription: str,
+        handle: Handler,
+        on_identified: Callable[[], None] = lambda: None,
+        patience: Callable[[], float] = lambda: LIMITS.request,
+        goes_on: Callable[[bool], bool] = lambda idle: True,
+    ) -> None:
+        """Be the service of a server that we have dialled, until one of the two leaves.
+
+        `patience` gives the seconds of the next wait for a request; `goes_on` is asked after each,
+        with whether it was null. Raises ConnectionLost, ProtocolError.
+        """
+        self.stream.set_timeout(self._limits.handshake)
+        self.stream.write(GREETING)
+        self._conversation.advance(SUBSCRIBER)
+        self.stream.write(identification_line(SUBSCRIBER, subscription))
+        self._read_identification()
+        on_identified()
+        limits = self._limits
+        while True:
+            try:
+                message = self._read_message(
+                    limits.request_bytes, limits.request_elements, patience()
+                )
+            except EOFError:
+                raise ConnectionLost('%s has closed the connection' % self.stream.peer)
+            if message is not None:
+                # Asking whether to go on comes ahead of the answer: the two go in one write.
+                word = NEXT if goes_on(False) else END
+                self._serve_one(message, handle, word)
+            else:
+                self._conversation.advance(KEEP_ALIVE)
+                word = NEXT if goes_on(True) else END
+                self._write_control(word)
+            if word == END:
+                return
+            self.stream.set_timeout(limits.progress)
+            answer = self._read_control()
+            if answer is None:
+                raise ConnectionLost('%s has closed the connection' % self.stream.peer)
+            self._conversation.advance(answer)
+
+    def as_caller(
+        self,
+        subscribe: Callable[[str], None],
+        next_call: Callable[[float], Optional[Callable[['MessageExchange'], None]]],
+    ) -> None:
+        """Be the client of a polling service that dialled us, until it leaves.
+
+        `subscribe` gets its subscription, and raises TentacleError to refuse it. `next_call` waits
+        some seconds for work, which it gives as a function that uses `call`, or None. Raises
+        ConnectionLost, ProtocolError.
+        """
+        subscribe(self._accept(SUBSCRIBER))
+        self._identify_as_server()
+        while True:
+            work = next_call(self._limits.keep_alive)
+            self.stream.set_timeout(self._limits.progress)
+            if work is not None:
+                work(self)
+            else:
+                self._conversation.advance(KEEP_ALIVE)
+                self.stream.write(NULL_MESSAGE)
+            word = self._read_control() or END
+            self._conversation.advance(word)
+            if word == END:
+                return
+            self._write_control(PROCEED)
+
+    def _serve_one(self, message: Any, handle: Handler, control: str = '') -> None:
         request, streams = request_from_message(message)
         self._conversation.advance(REQUEST)
-        try:
-            incoming = self._incoming_streams(streams)
-            response = handle(request)
+        incoming = self._incoming_streams(streams)
+
+        def answer(response: Response) -> None:
             incoming.read_past()
             self._conversation.advance(RESPONSE)
-            self._write_message(*response_to_message(response))
-        finally:
-            self._forget_streams()
+            line = b''
+            if control:
+                self._conversation.advance(control)
+                line = control.encode() + b'\r\n'
+            self._write_message(*response_to_message(response), control=line)
+
+        handle(request, answer)
 
     def close(self) -> None:
-        self._forget_streams()
         self.stream.close()
 
 
@@ -2694,6 +3104,10 @@ class ServiceRegistry:
                 '%s.%s failed: a bug', printable(request.service), printable(request.method)
             )
             return Response(request.id, error=_failed_inside(error))
+
+    def handle(self, request: Request, answer: Callable[[Response], None]) -> None:
+        """The same as a `Handler`."""
+        answer(self.invoke(request))
 
     def _call(self, request: Request) -> Any:
         methods = self._methods.get(request.service)
@@ -3635,6 +4049,7 @@ class RunningScript:
         self._launches = 0
         self._exit_code = 0
         self._ended = threading.Event()
+        self._ended_at = 0.0
         self._hold: Optional[int] = None  # the workspace's lock, while it is ours
         self._told: List[str] = []  # the tasks that the log says we wait for
         self._timer: Optional[threading.Timer] = None
@@ -3644,6 +4059,10 @@ class RunningScript:
     def wait(self, seconds: float) -> bool:
         """Wait for the end, no longer than that; whether it has come."""
         return self._ended.wait(seconds)
+
+    def ended_since(self) -> float:
+        """Seconds since its end; 0 while it runs, infinity when an earlier agent saw it end."""
+        return time.monotonic() - self._ended_at if self._ended.is_set() else 0.0
 
     @property
     def is_pending(self) -> bool:
@@ -3785,11 +4204,12 @@ class RunningScript:
         except OSError as error:
             logger.error('The result of script %s can not be kept: %s', self.spec.ticket, error)
 
-    def end_as_found(self, exit_code: int, lost: int = 0) -> None:
+    def end_as_found(self, exit_code: int, lost: int = 0, before_us: bool = False) -> None:
         """It has ended, with lines lost at the end of its log."""
         if lost:
             self.log.last = [LogEntry(STDERR, int(time.time() * 1000), lines_were_lost(lost))]
         self._exit_code = exit_code
+        self._ended_at = float('-inf') if before_us else time.monotonic()
         self._ended.set()
 
     def hold(self, descriptor: int) -> None:
@@ -3883,6 +4303,12 @@ class ScriptRunner:
         with self._lock:
             return self._scripts.get(ticket)
 
+    def has_work(self) -> bool:
+        """Whether a script runs or waits, or has ended a short while ago and is not completed."""
+        with self._lock:
+            scripts = list(self._scripts.values())
+        return any(script.ended_since() < self.limits.acknowledge for script in scripts)
+
     def forget(self, script: RunningScript) -> None:
         """End a script that still runs, and delete its workspace; its ticket may be used anew."""
         script.cancel()
@@ -3952,7 +4378,7 @@ class ScriptRunner:
         result = workspace.result()
         hold = None if result is not None else workspace.lock()
         if result is not None:
-            script.end_as_found(*result)
+            script.end_as_found(*result, before_us=True)
         elif hold is None or workspace.has('started'):
             if hold is not None:
                 os.close(hold)
@@ -4317,17 +4743,44 @@ class FileTransferService:
         return DataStream(details.st_size, lambda: file)  # type: ignore[arg-type,return-value]
 
 
-def tentacle_services(
-    scripts: ScriptRunner, files: FileTransferService, limits: Limits = LIMITS
-) -> ServiceRegistry:
-    """The services that a tentacle offers, under the names of the wire (wire notes 4)."""
-    services: Dict[str, Any] = {
-        'IScriptService': ScriptService(scripts),
-        'IFileTransferService': files,
-        'IScriptServiceV2': ScriptServiceV2(scripts, limits),
-    }
-    services['ICapabilitiesServiceV2'] = CapabilitiesService(list(services))
-    return ServiceRegistry(services)
+class AgentServices:
+    """What one agent offers from its home directory, over whichever connections. Any thread may
+    call.
+
+    Workspaces are made and relative paths lead there; `environment` gives a script's environment at
+    its start; with `files_root` no file outside that folder is uploaded or downloaded.
+    """
+
+    def __init__(
+        self,
+        home: str,
+        environment: Callable[[], Dict[str, str]] = lambda: dict(os.environ),
+        files_root: Optional[str] = None,
+        limits: Limits = LIMITS,
+    ):
+        self.spool = os.path.join(home, 'Work')
+        os.makedirs(self.spool, mode=0o700, exist_ok=True)
+        self.scripts = ScriptRunner(self.spool, environment, limits)
+        self._cleaner = WorkspaceCleaner(self.scripts)
+        self._journal = UploadJournal(os.path.join(home, '.uploads'))
+        services: Dict[str, Any] = {
+            'IScriptService': ScriptService(self.scripts),
+            'IFileTransferService': FileTransferService(home, self._journal, files_root, limits),
+            'IScriptServiceV2': ScriptServiceV2(self.scripts, limits),
+        }
+        services['ICapabilitiesServiceV2'] = CapabilitiesService(list(services))
+        self.handle = ServiceRegistry(services).handle
+
+    def start(self) -> None:
+        """Take over what an agent before us left."""
+        self._journal.clean()
+        self.scripts.attach()
+        self._cleaner.start()
+
+    def stop(self) -> None:
+        """Scripts that run go on, for the next agent."""
+        self._cleaner.stop()
+        self.scripts.close()
 
 
 # ---- 15. Listening -------------------------------------------------------------------------------
@@ -4336,39 +4789,28 @@ _WELCOME_PAGE = '''<!DOCTYPE html>
 <html lang="en">
 <head><meta charset="utf-8"><title>Tentacle</title></head>
 <body>
-<h1>A Tentacle listens here</h1>
-<p>tentacle.py {version}. An Octopus Server, or tentacle.py as a dispatcher, can talk to it once
-each knows the other's thumbprint. Ours is</p>
+<h1>{heading}</h1>
+<p>tentacle.py {version}. {who} can talk to it once each knows the other's thumbprint. Ours is</p>
 <p><code>{thumbprint}</code></p>
 </body>
 </html>
 '''
 
 
-def welcome_answer(identity: Identity) -> bytes:
+def welcome_answer(identity: Identity, is_polled: bool) -> bytes:
     """The HTTP answer to a browser, a load balancer or a discovery call."""
-    page = _WELCOME_PAGE.format(version=__version__, thumbprint=identity.thumbprint).encode()
+    page = _WELCOME_PAGE.format(
+        version=__version__,
+        thumbprint=identity.thumbprint,
+        heading='Tentacles poll here' if is_polled else 'A Tentacle listens here',
+        who='A polling Tentacle'
+        if is_polled
+        else 'An Octopus Server, or tentacle.py as a dispatcher,',
+    ).encode()
     return (
         'HTTP/1.0 200 OK\r\nContent-Type: text/html; charset=utf-8\r\nContent-Length: %d\r\n\r\n'
         % len(page)
     ).encode() + page
-
-
-def _host_and_port(address: Tuple[Any, ...]) -> str:
-    host = str(address[0])
-    if host.startswith('::ffff:') and '.' in host:
-        host = host[len('::ffff:') :]  # IPv4 on the IPv6 socket
-    return '%s:%d' % ('[%s]' % host if ':' in host else host, address[1])
-
-
-def _hang_up(sock: socket.socket) -> None:
-    """Wake whoever waits on a socket, from another thread; TLS is left aside, since it is in their
-    hands.
-    """
-    try:
-        socket.socket.shutdown(sock, socket.SHUT_RDWR)
-    except OSError:
-        pass  # it was not connected any more
 
 
 class SecureListener(socketserver.TCPServer):
@@ -4392,9 +4834,10 @@ class SecureListener(socketserver.TCPServer):
         serve: Callable[[SecureStream], None],
         trust_command: str,
         limits: Limits = LIMITS,
+        is_polled: bool = False,
     ):
         self._acceptor = acceptor
-        self._identity = identity
+        self._page = welcome_answer(identity, is_polled)
         self._serve = serve
         self._trust_command = trust_command
         self._limits = limits
@@ -4554,7 +4997,7 @@ class SecureListener(socketserver.TCPServer):
             return None
         if not greeting.startswith(b'MX'):
             wire_logger.info('%s: asks for the welcome page', peer)
-            stream.write(welcome_answer(self._identity))
+            stream.write(self._page)
             stream.close()
             return None
         if stream.certificate is None:
@@ -4597,12 +5040,19 @@ class SecureListener(socketserver.TCPServer):
             end.close()
 
 
+def _services_of(services: Union[str, AgentServices], limits: Limits) -> Tuple[AgentServices, bool]:
+    """(services, whether they are ours to start and stop) of an agent to embed."""
+    if isinstance(services, AgentServices):
+        return services, False
+    return AgentServices(services, limits=limits), True
+
+
 class ListeningTentacle:
     """A listening tentacle to embed: it accepts from `start` to `stop`, in threads of its own.
 
-    `home` is where workspaces are made and relative paths lead; `trusted` gives the pinned
-    thumbprints, and is asked for every connection. It runs scripts as this process's user. With
-    `files_root` no file outside that folder is uploaded or downloaded.
+    `services` are those of a home directory, by its path; or AgentServices that its caller starts
+    and stops, so that several share them. `trusted` gives the pinned thumbprints, and is asked for
+    every connection. It runs scripts as this process's user.
 
         identity = tentacle.create_identity('/tmp/agent/tentacle.pem')
         trusted = frozenset(['6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3'])
@@ -4614,25 +5064,16 @@ class ListeningTentacle:
 
     def __init__(
         self,
-        home: str,
+        services: Union[str, AgentServices],
         identity: Identity,
         trusted: Callable[[], FrozenSet[str]],
         host: str = '',
         port: int = LISTENING_PORT,
-        environment: Callable[[], Dict[str, str]] = lambda: dict(os.environ),
         trust_command: str = 'tentacle.py configure --trust',
-        files_root: Optional[str] = None,
         limits: Limits = LIMITS,
     ):
         self._limits = limits
-        work = os.path.join(home, 'Work')
-        self._spool = work
-        os.makedirs(work, mode=0o700, exist_ok=True)
-        self._scripts = ScriptRunner(work, environment, limits)
-        self._cleaner = WorkspaceCleaner(self._scripts)
-        self._journal = UploadJournal(os.path.join(home, '.uploads'))
-        files = FileTransferService(home, self._journal, files_root, limits)
-        self._services = tentacle_services(self._scripts, files, limits)
+        self._services, self._owns_services = _services_of(services, limits)
         self._listener = SecureListener(
             host,
             port,
@@ -4653,18 +5094,17 @@ class ListeningTentacle:
         return self._listener.address
 
     def _serve(self, stream: SecureStream) -> None:
-        exchange = MessageExchange(stream, self._spool, self._limits)
+        exchange = MessageExchange(stream, self._services.spool, self._limits)
         try:
-            exchange.as_server(self._services.invoke)
+            exchange.as_server(self._services.handle)
         finally:
             exchange.close()
 
     def start(self) -> None:
         """Take over what an agent before us left, and accept from now on."""
         threading.stack_size(self._limits.thread_stack)
-        self._journal.clean()
-        self._scripts.attach()
-        self._cleaner.start()
+        if self._owns_services:
+            self._services.start()
         self._thread = start_thread('listener', self._listener.serve_forever)
 
     def stop(self) -> None:
@@ -4673,8 +5113,203 @@ class ListeningTentacle:
         if self._thread is not None:
             self._thread.join()
         self._listener.server_close()
-        self._cleaner.stop()
-        self._scripts.close()
+        if self._owns_services:
+            self._services.stop()
+
+
+# ---- 16. Polling ---------------------------------------------------------------------------------
+
+
+class BackOff:
+    """How long a polling tentacle waits before it dials again (wire notes 2): as long as it has
+    been failing, and up to as long again at random.
+    """
+
+    def __init__(self, limits: Limits = LIMITS, chance: Callable[[], float] = random.random):
+        self._limits = limits
+        self._chance = chance
+        self._failing_since: Optional[float] = None
+
+    def succeeded(self) -> None:
+        self._failing_since = None
+
+    def failed(self, now: float) -> float:
+        """Seconds to wait, after a failure at a moment of `time.monotonic`."""
+        if self._failing_since is None:
+            self._failing_since = now
+        delay = (now - self._failing_since) * (1 + self._chance())
+        return min(max(delay, self._limits.least_back_off), self._limits.most_back_off)
+
+
+class PollingTentacle:
+    """A polling tentacle to embed: it dials its servers and does their work, from `start` to
+    `stop`, in threads of its own; or `run_once`, for as long as there is work.
+
+    `services` are as for a ListeningTentacle. `servers` are URLs, each of which gets so many
+    `connections`; `trusted` gives the thumbprints that they may show. `proxy_of` gives the proxy to
+    a server's URL, or None.
+
+        identity = tentacle.create_identity('/tmp/agent/tentacle.pem')
+        trusted = frozenset(['6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3'])
+        agent = tentacle.PollingTentacle(
+            '/tmp/agent', identity, lambda: trusted, ['https://localhost:10943/'], 'poll://one/')
+        agent.start()
+        agent.stop()
+    """
+
+    def __init__(
+        self,
+        services: Union[str, AgentServices],
+        identity: Identity,
+        trusted: Callable[[], FrozenSet[str]],
+        servers: Sequence[str],
+        subscription: str,
+        connections: int = 1,
+        proxy_of: Callable[[str], Optional[Proxy]] = lambda uri: None,
+        trust_command: str = 'tentacle.py configure --trust',
+        limits: Limits = LIMITS,
+    ):
+        self._services, self._owns_services = _services_of(services, limits)
+        self._identity = identity
+        self._trusted = trusted
+        #: URLs, each as often as it has connections
+        self.servers = [parse_target_uri(url, POLLING_PORT) for url in servers] * connections
+        self.subscription = parse_subscription(subscription)
+        self._proxy_of = proxy_of
+        self._trust_command = trust_command
+        self._limits = limits
+        self._changed = threading.Condition()
+        self._impulses = 0  # to dial at once
+        self._stopping = False
+        self._streams: List[SecureStream] = []
+        self._threads: List[threading.Thread] = []
+        self._deadline = float('inf')
+        self._reached = False
+
+    def start(self) -> None:
+        """Take over what an agent before us left, and poll from now on."""
+        threading.stack_size(self._limits.thread_stack)
+        if self._owns_services:
+            self._services.start()
+        self._start_threads(self._keep_polling)
+
+    def _start_threads(self, target: Callable[[str], None]) -> None:
+        self._threads = [
+            start_thread('polling ' + uri[len('https://') : -1], target, uri)
+            for uri in self.servers
+        ]
+
+    def stop(self) -> None:
+        """End every connection. Scripts that run go on, for the next agent."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+            for stream in self._streams:
+                stream.hang_up()
+        for thread in self._threads:
+            thread.join(self._limits.stop)
+        if self._owns_services:
+            self._services.stop()
+
+    def dial_now(self) -> None:
+        """End all waiting for the next dial: the network may have changed."""
+        with self._changed:
+            self._impulses += 1
+            self._changed.notify_all()
+
+    def run_once(self, max_time: float = float('inf')) -> bool:
+        """Do all the work there is, follow the scripts until they are completed, and end, after
+        `max_time` seconds at the latest. Whether any server was reached.
+        """
+        threading.stack_size(self._limits.thread_stack)
+        self._deadline = time.monotonic() + max_time
+        if self._owns_services:
+            self._services.start()
+        try:
+            self._start_threads(self._poll_while_there_is_work)
+            for thread in self._threads:
+                thread.join()
+        finally:
+            self.stop()
+        return self._reached
+
+    # -- a connection's thread
+
+    def _keep_polling(self, uri: str) -> None:
+        back_off = BackOff(self._limits)
+        while not self._stopping:
+            self._poll(uri, back_off)
+            self._pause(back_off.failed(time.monotonic()))
+
+    def _poll_while_there_is_work(self, uri: str) -> None:
+        back_off = BackOff(self._limits)
+        while not self._poll(uri, back_off, self._goes_on):
+            left = self._deadline - time.monotonic()
+            if self._stopping or left <= 0 or not (self._reached and self._has_work()):
+                return
+            self._pause(min(back_off.failed(time.monotonic()), left))
+
+    def _has_work(self) -> bool:
+        return self._services.scripts.has_work()
+
+    def _goes_on(self, idle: bool) -> bool:
+        if time.monotonic() >= self._deadline:
+            return False
+        return not idle or self._has_work()
+
+    def _patience(self) -> float:
+        return min(self._limits.request, max(self._deadline - time.monotonic(), 0.01))
+
+    def _pause(self, seconds: float) -> None:
+        with self._changed:
+            impulses = self._impulses
+            self._changed.wait_for(lambda: self._stopping or self._impulses != impulses, seconds)
+
+    def _poll(
+        self,
+        uri: str,
+        back_off: BackOff,
+        goes_on: Callable[[bool], bool] = lambda idle: True,
+    ) -> bool:
+        """One connection from dial to end; whether it was we who left. Never raises."""
+
+        def identified() -> None:
+            back_off.succeeded()
+            self._reached = True
+            logger.info('%s: connected, polling for %s', stream.peer, self.subscription)
+
+        try:
+            endpoint = ServiceEndPoint(uri, None, self._proxy_of(uri))
+            stream = connect(endpoint, self._identity, self._limits, self._trusted())
+            with self._registered(stream):
+                MessageExchange(stream, self._services.spool, self._limits).as_subscriber(
+                    self.subscription, self._services.handle, identified, self._patience, goes_on
+                )
+            return True
+        except UntrustedThumbprint as error:
+            hint = ''
+            if error.thumbprint:
+                hint = '. To trust it: %s %s' % (self._trust_command, error.thumbprint)
+            logger.warning('%s%s', error, hint)
+        except TentacleError as error:
+            if not self._stopping and time.monotonic() < self._deadline:
+                logger.warning('%s', error)
+        except Exception:  # a bug; this connection ends, the next is dialled
+            logger.exception('%s: ended by a bug', uri)
+        return False
+
+    @contextlib.contextmanager
+    def _registered(self, stream: SecureStream) -> Iterator[None]:
+        with self._changed:
+            self._streams.append(stream)
+            if self._stopping:
+                stream.hang_up()
+        try:
+            yield
+        finally:
+            with self._changed:
+                self._streams.remove(stream)
+                stream.close()
 
 
 # ---- 17. Dispatcher ------------------------------------------------------------------------------
@@ -4881,6 +5516,8 @@ class _ScriptRun:
         """The first status. A start whose answer was lost is asked for, and never sent again."""
         try:
             return self._calls.start(body, task_id, files, self._START_WAIT)
+        except NotDelivered:
+            raise
         except ConnectionLost as error:
             logger.info('%s; asking whether the script was started', error)
             status = self._ask(self._calls.status)
@@ -4936,79 +5573,27 @@ class _ScriptRun:
             logger.info('The workspace could not be removed there, it will be by and by: %s', error)
 
 
-class TentacleClient:
-    """Calls the services of one tentacle, over warm connections where there are some. Any thread
-    may call.
+class _Calls:
+    """The services of one tentacle, whichever way `_deliver` takes the requests there."""
 
-        with tentacle.TentacleClient(endpoint, identity) as client:
-            print(client.capabilities())
-
-    A pooled connection that died is replaced unseen; a request that may have run is never sent
-    again.
-    """
-
-    def __init__(self, endpoint: ServiceEndPoint, identity: Identity, limits: Limits = LIMITS):
+    def __init__(self, endpoint: ServiceEndPoint, limits: Limits):
         self.endpoint = endpoint
-        self._identity = identity
         self._limits = limits
         self._lock = threading.Lock()
-        self._pool: List[
-            Tuple[MessageExchange, float]
-        ] = []  # (idle connection, since), the latest last
         self._capabilities: Optional[List[str]] = None
         self._calls = 0
 
-    def __enter__(self) -> 'TentacleClient':
+    def __enter__(self) -> Any:
         return self
 
     def __exit__(self, *exception: Any) -> None:
         self.close()
 
     def close(self) -> None:
-        """End the idle connections; calls in flight end by themselves."""
-        with self._lock:
-            pool, self._pool = self._pool, []
-        for exchange, _ in pool:
-            exchange.leave()
+        """End what is idle; calls in flight end by themselves."""
 
-    def _pooled(self) -> Optional[MessageExchange]:
-        """A warm connection that is ready for a request, or None."""
-        while True:
-            with self._lock:
-                if not self._pool:
-                    return None
-                exchange, since = self._pool.pop()
-            if time.monotonic() - since > self._limits.pooled:
-                exchange.leave()
-                continue
-            try:
-                exchange.go_on()
-                return exchange
-            except TentacleError as error:
-                wire_logger.info('A pooled connection is replaced: %s', error)
-                exchange.close()
-
-    def _dial(self) -> MessageExchange:
-        stream = connect(self.endpoint, self._identity, self._limits)
-        exchange = MessageExchange(stream, limits=self._limits)
-        try:
-            exchange.as_client()
-        except BaseException as error:
-            exchange.close()
-            if isinstance(error, (ConnectionLost, UntrustedThumbprint)):
-                raise type(error)(
-                    '%s (%s). Does it trust us? On it: tentacle.py configure --trust %s'
-                    % (stream.peer, error, self._identity.thumbprint)
-                )
-            if isinstance(error, ProtocolError):
-                raise ProtocolError(
-                    '%s has the pinned certificate, but does not speak Halibut: %s'
-                    % (stream.peer, error)
-                )
-            raise
-        with self._lock:
-            self._capabilities = None  # it may be another version by now
-        return exchange
+    def _deliver(self, request: Request, take: Optional[Callable[[Response], None]]) -> Response:
+        raise NotImplementedError
 
     def call(
         self,
@@ -5019,10 +5604,9 @@ class TentacleClient:
     ) -> Any:
         """Call a method and give its result; `take` as for `MessageExchange.call`.
 
-        Raises ServiceError (the answer is an error), ConnectionLost (it may have run),
-        UntrustedThumbprint, ProtocolError.
+        Raises ServiceError (the answer is an error), NotDelivered, ConnectionLost (it may have
+        run), UntrustedThumbprint, ProtocolError.
         """
-        exchange = self._pooled() or self._dial()
         with self._lock:
             self._calls += 1
             number = self._calls
@@ -5035,13 +5619,7 @@ class TentacleClient:
             activity,
             self.endpoint,
         )
-        try:
-            response = exchange.call(request, take)
-        except BaseException:
-            exchange.close()  # given up: never to be used for another call
-            raise
-        with self._lock:
-            self._pool.append((exchange, time.monotonic()))
+        response = self._deliver(request, take)
         if response.error is not None:
             raise response.error
         return response.result
@@ -5164,6 +5742,557 @@ class TentacleClient:
         return _ScriptRun(calls, on_line, self._limits).run(body, task_id, list(files))
 
 
+class TentacleClient(_Calls):
+    """Calls the services of a listening tentacle, over warm connections where there are some. Any
+    thread may call.
+
+        with tentacle.TentacleClient(endpoint, identity) as client:
+            print(client.capabilities())
+
+    A pooled connection that died is replaced unseen; a request that may have run is never sent
+    again.
+    """
+
+    def __init__(self, endpoint: ServiceEndPoint, identity: Identity, limits: Limits = LIMITS):
+        super().__init__(endpoint, limits)
+        self._identity = identity
+        self._pool: List[
+            Tuple[MessageExchange, float]
+        ] = []  # (idle connection, since), the latest last
+
+    def close(self) -> None:
+        """End the idle connections; calls in flight end by themselves."""
+        with self._lock:
+            pool, self._pool = self._pool, []
+        for exchange, _ in pool:
+            exchange.leave()
+
+    def _pooled(self) -> Optional[MessageExchange]:
+        """A warm connection that is ready for a request, or None."""
+        while True:
+            with self._lock:
+                if not self._pool:
+                    return None
+                exchange, since = self._pool.pop()
+            if time.monotonic() - since > self._limits.pooled:
+                exchange.leave()
+                continue
+            try:
+                exchange.go_on()
+                return exchange
+            except TentacleError as error:
+                wire_logger.info('A pooled connection is replaced: %s', error)
+                exchange.close()
+
+    def _connect(self) -> SocketStream:
+        return connect(self.endpoint, self._identity, self._limits)
+
+    def _dial(self) -> MessageExchange:
+        stream = self._connect()
+        exchange = MessageExchange(stream, limits=self._limits)
+        try:
+            exchange.as_client()
+        except BaseException as error:
+            exchange.close()
+            if isinstance(error, (ConnectionLost, UntrustedThumbprint)):
+                kind = NotDelivered if isinstance(error, ConnectionLost) else UntrustedThumbprint
+                raise kind(
+                    '%s (%s). Does it trust us? On it: tentacle.py configure --trust %s'
+                    % (stream.peer, error, self._identity.thumbprint)
+                )
+            if isinstance(error, ProtocolError):
+                raise ProtocolError(
+                    '%s has the pinned certificate, but does not speak Halibut: %s'
+                    % (stream.peer, error)
+                )
+            raise
+        with self._lock:
+            self._capabilities = None  # it may be another version by now
+        return exchange
+
+    def _deliver(self, request: Request, take: Optional[Callable[[Response], None]]) -> Response:
+        exchange = self._pooled() or self._dial()
+        try:
+            response = exchange.call(request, take)
+        except BaseException:
+            exchange.close()  # given up: never to be used for another call
+            raise
+        with self._lock:
+            self._pool.append((exchange, time.monotonic()))
+        return response
+
+
+# -- the server that polling tentacles poll
+
+
+class _PendingCall:
+    """A call for a polling tentacle, waiting to be fetched or under way."""
+
+    def __init__(self, request: Request, take: Optional[Callable[[Response], None]]):
+        from concurrent.futures import Future
+
+        self.request = request
+        self.thumbprint = request.endpoint and request.endpoint.thumbprint
+        self.outcome: Any = Future()
+        self._take = take
+
+    def run(self, exchange: MessageExchange) -> None:
+        """In the thread of the connection that fetched it."""
+        try:
+            response = exchange.call(self.request, self._take)
+        except BaseException as error:
+            self.outcome.set_exception(error)
+            raise
+        self.outcome.set_result(response)
+
+
+class PolledConnection(NamedTuple):
+    """A connection of a polling tentacle, as `PollingServer.connections` lists it."""
+
+    subscription: str
+    thumbprint: str
+    address: str
+    since: float  # seconds since 1970
+    last_seen: float
+
+
+class _Subscription:
+    """The calls for one subscription, first in, first out, for any number of connections."""
+
+    def __init__(self, uri: str):
+        self.uri = uri
+        self.connections: Dict[SecureStream, List[float]] = {}  # to [since, last seen]
+        self.last_seen: Optional[float] = None
+        self._calls: List[_PendingCall] = []
+        self._changed = threading.Condition()
+
+    def put(self, call: _PendingCall) -> None:
+        with self._changed:
+            self._calls.append(call)
+            self._changed.notify()
+
+    def next_call(self, stream: SecureStream, seconds: float) -> Optional[_PendingCall]:
+        """The next call for a connection, or None when none comes in that time.
+
+        Raises ConnectionLost when the tentacle has left meanwhile, which then loses no call.
+        """
+        deadline = time.monotonic() + seconds
+        with self._changed:
+            while True:
+                call = self._first_for(stream)
+                if call is None:
+                    left = deadline - time.monotonic()
+                    if left <= 0:
+                        return None
+                    self._changed.wait(left)
+                elif stream.has_more():
+                    self._changed.notify()  # it is for another one
+                    raise ConnectionLost('%s has closed the connection' % stream.peer)
+                else:
+                    self._calls.remove(call)
+                    if call.outcome.set_running_or_notify_cancel():
+                        return call
+
+    def _first_for(self, stream: SecureStream) -> Optional[_PendingCall]:
+        for call in self._calls:
+            if call.outcome.cancelled() or call.thumbprint is None:
+                return call
+            if is_pinned(stream.certificate, [call.thumbprint]):
+                return call
+        return None
+
+    def withdraw(self, call: _PendingCall) -> bool:
+        """Take back a call that nobody has fetched; whether that was so."""
+        with self._changed:
+            if not call.outcome.cancel():
+                return False
+            if call in self._calls:
+                self._calls.remove(call)
+            return True
+
+    def is_idle(self) -> bool:
+        return not self.connections and not self._calls
+
+    def withdraw_all(self) -> None:
+        with self._changed:
+            for call in self._calls:
+                call.outcome.cancel()
+            self._calls.clear()
+
+
+class PollingServer:
+    """Lets polling tentacles come here and calls them: from `start` to `stop`, in threads of its
+    own. Any thread may call.
+
+    `trusted` gives the thumbprints that may poll, and `pinned` the one that a subscription must
+    show, or None when it may be any of them.
+
+        identity = tentacle.create_identity('/tmp/server/tentacle.pem')
+        trusted = frozenset(['6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3'])
+        server = tentacle.PollingServer(identity, lambda: trusted, port=0)
+        server.start()
+        with server.client(tentacle.ServiceEndPoint('poll://one/')) as client:
+            print(server.port, client.endpoint.uri)
+        server.stop()
+    """
+
+    def __init__(
+        self,
+        identity: Identity,
+        trusted: Callable[[], FrozenSet[str]],
+        host: str = '',
+        port: int = POLLING_PORT,
+        pinned: Callable[[str], Optional[str]] = lambda subscription: None,
+        trust_command: str = 'tentacle.py serve --trust',
+        limits: Limits = LIMITS,
+    ):
+        self._pinned = pinned
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._subscriptions: Dict[str, _Subscription] = {}
+        self._listener = SecureListener(
+            host,
+            port,
+            PinningAcceptor(identity, trusted),
+            identity,
+            self._serve,
+            trust_command,
+            limits._replace(connections=limits.polling_connections),
+            is_polled=True,
+        )
+        self._thread: Optional[threading.Thread] = None
+
+    @property
+    def port(self) -> int:
+        return self._listener.port
+
+    @property
+    def address(self) -> str:
+        return self._listener.address
+
+    def start(self) -> None:
+        """Accept from now on."""
+        threading.stack_size(self._limits.thread_stack)
+        self._thread = start_thread('listener', self._listener.serve_forever)
+
+    def stop(self) -> None:
+        """Close the port and every connection; calls that nobody has fetched are withdrawn."""
+        self._listener.stop()
+        if self._thread is not None:
+            self._thread.join()
+        with self._lock:
+            subscriptions = list(self._subscriptions.values())
+        for subscription in subscriptions:
+            subscription.withdraw_all()
+        self._listener.server_close()
+
+    def connections(self) -> List[PolledConnection]:
+        """Who is connected, in the order of their coming."""
+        with self._lock:
+            return [
+                PolledConnection(
+                    subscription.uri, stream.thumbprint or '', stream.peer, since, last_seen
+                )
+                for subscription in self._subscriptions.values()
+                for stream, (since, last_seen) in subscription.connections.items()
+            ]
+
+    def client(self, endpoint: ServiceEndPoint) -> 'PolledClient':
+        """A client for a subscription's tentacle, connected or not."""
+        return PolledClient(self, endpoint, self._limits)
+
+    def _subscription(self, uri: str) -> _Subscription:
+        """With the lock."""
+        return self._subscriptions.setdefault(uri, _Subscription(uri))
+
+    def submit(
+        self, request: Request, take: Optional[Callable[[Response], None]] = None
+    ) -> Tuple[Any, Callable[[], bool]]:
+        """Queue a request for the subscription of its endpoint: (future of the response, function
+        that withdraws what nobody has fetched and says whether that was so).
+        """
+        assert request.endpoint is not None
+        call = _PendingCall(request, take)
+        with self._lock:
+            subscription = self._subscription(parse_subscription(request.endpoint.uri))
+            subscription.put(call)
+        return call.outcome, lambda: subscription.withdraw(call)
+
+    def call(self, request: Request, take: Optional[Callable[[Response], None]] = None) -> Response:
+        """The same, waiting for the response; no longer than the endpoint says for it to be
+        fetched. Raises NotDelivered (nobody fetched it), ConnectionLost, ProtocolError.
+        """
+        from concurrent.futures import CancelledError
+        from concurrent.futures import TimeoutError as NotYet
+
+        outcome, withdraw = self.submit(request, take)
+        try:
+            return outcome.result(request.endpoint and request.endpoint.queue_timeout)
+        except NotYet:
+            if withdraw():
+                raise self.not_fetched(request)
+            return outcome.result()
+        except CancelledError:
+            raise NotDelivered('The server for polling tentacles was stopped')
+        except BaseException:
+            withdraw()
+            raise
+
+    def not_fetched(self, request: Request) -> NotDelivered:
+        """The error for a call that nobody fetched in its time."""
+        assert request.endpoint is not None
+        with self._lock:
+            subscription = self._subscription(parse_subscription(request.endpoint.uri))
+            known = ' or '.join({stream.thumbprint or '' for stream in subscription.connections})
+        if known:
+            reason = 'it is connected with thumbprint %s' % known
+            if request.endpoint.thumbprint:
+                reason += ', pinned is %s' % request.endpoint.thumbprint
+        elif subscription.last_seen is not None:
+            reason = 'it was last seen %.0f s ago' % (time.time() - subscription.last_seen)
+        else:
+            reason = 'it has not polled since this server was started'
+        return NotDelivered(
+            '%s did not fetch the call within %g s: %s'
+            % (subscription.uri, request.endpoint.queue_timeout, reason)
+        )
+
+    # -- the thread of a connection
+
+    def _serve(self, stream: SecureStream) -> None:
+        exchange = MessageExchange(stream, limits=self._limits)
+        subscription: Any = None
+
+        def subscribe(uri: str) -> None:
+            nonlocal subscription
+            try:
+                subscription = self._admit(stream, parse_subscription(uri))
+            except UsageError as error:
+                raise ProtocolError(str(error))
+
+        def next_call(seconds: float) -> Optional[Callable[[MessageExchange], None]]:
+            subscription.connections[stream][1] = subscription.last_seen = time.time()
+            call = subscription.next_call(stream, seconds)
+            return call and call.run
+
+        try:
+            exchange.as_caller(subscribe, next_call)
+        finally:
+            if subscription is not None:
+                self._forget(subscription, stream)
+            exchange.close()
+
+    def _forget(self, subscription: _Subscription, stream: SecureStream) -> None:
+        logger.info('%s: %s has left', stream.peer, subscription.uri)
+        with self._lock:
+            subscription.connections.pop(stream, None)
+            if subscription.is_idle() and self._pinned(subscription.uri) is None:
+                del self._subscriptions[subscription.uri]  # or a peer's fancy could fill them
+
+    def _admit(self, stream: SecureStream, uri: str) -> _Subscription:
+        """Let a connection drain a subscription's calls, if it is its own. Raises
+        UntrustedThumbprint.
+        """
+        pinned = self._pinned(uri)
+        with self._lock:
+            subscription = self._subscription(uri)
+            others = {other.certificate for other in subscription.connections}
+            if pinned is not None and not is_pinned(stream.certificate, [pinned]):
+                reason = 'is pinned to %s' % pinned
+            elif others - {stream.certificate}:
+                reason = 'is in use by another tentacle'
+            else:
+                now = time.time()
+                subscription.connections[stream] = [now, now]
+                logger.info('%s: polls for %s', stream.peer, uri)
+                return subscription
+        raise UntrustedThumbprint(
+            'the thumbprint %s may not poll for %s, which %s' % (stream.thumbprint, uri, reason),
+            stream.thumbprint,
+        )
+
+
+class PolledClient(_Calls):
+    """Calls the services of a polling tentacle through a server in this process."""
+
+    def __init__(self, server: PollingServer, endpoint: ServiceEndPoint, limits: Limits = LIMITS):
+        super().__init__(endpoint, limits)
+        self._server = server
+
+    def _deliver(self, request: Request, take: Optional[Callable[[Response], None]]) -> Response:
+        return self._server.call(request, take)
+
+
+# -- the way to a server in another process: Halibut again, over a Unix socket of the owner alone
+
+
+#: Errors that a relay hands on, by the name that stands in the place of an error type.
+_RELAYED_ERRORS = {
+    'tentacle.py ' + cls.__name__: cls
+    for cls in (ConnectionLost, NotDelivered, UntrustedThumbprint, ProtocolError, TentacleError)
+}
+RELAY_SERVICE = 'TentaclePy'  # of the relay itself, for `tentacle.py targets`
+
+
+def _unix_address(path: str) -> str:
+    """A socket's path, or a shorter one to it: 107 bytes are all that an address can hold."""
+    if len(os.fsencode(path)) < 108 or not os.path.isdir('/proc/self/fd'):
+        return path
+    folder = os.open(os.path.dirname(path), _O_FOLDER)
+    return '/proc/self/fd/%d/%s' % (folder, os.path.basename(path))
+
+
+@contextlib.contextmanager
+def _at_unix_address(path: str) -> Iterator[Tuple[socket.socket, str]]:
+    """(socket, address to bind or connect it to); the socket is closed on an error."""
+    address = _unix_address(path)
+    sock = socket.socket(socket.AF_UNIX)
+    try:
+        yield sock, address
+    except BaseException:
+        sock.close()
+        raise
+    finally:
+        if address != path:
+            os.close(int(address.split('/')[4]))
+
+
+class RelayedClient(TentacleClient):
+    """Calls the services of a polling tentacle through the `serve` of a home directory."""
+
+    def __init__(
+        self, path: str, endpoint: ServiceEndPoint, identity: Identity, limits: Limits = LIMITS
+    ):
+        wait = limits.response + endpoint.queue_timeout
+        super().__init__(endpoint, identity, limits._replace(response=wait))
+        self._path = path
+
+    def _connect(self) -> SocketStream:
+        try:
+            with _at_unix_address(self._path) as (sock, address):
+                sock.connect(address)
+                return SocketStream(sock, self._path)
+        except OSError as error:
+            raise NotDelivered('No server runs at %s: %s' % (self._path, error.strerror))
+
+    def _deliver(self, request: Request, take: Optional[Callable[[Response], None]]) -> Response:
+        response = super()._deliver(request, take)
+        if response.error is not None and response.error.error_type in _RELAYED_ERRORS:
+            raise _RELAYED_ERRORS[response.error.error_type](str(response.error))
+        return response
+
+
+class Relay:
+    """Hands on the calls of other processes of the same user to a PollingServer, from `start` to
+    `stop`; nothing of them is kept on the way.
+    """
+
+    def __init__(self, path: str, server: PollingServer, limits: Limits = LIMITS):
+        self._path = path
+        self._server = server
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._streams: List[SocketStream] = []
+        self._thread: Optional[threading.Thread] = None
+
+    def start(self) -> None:
+        """Raises TentacleError."""
+        try:
+            with contextlib.suppress(FileNotFoundError):
+                os.unlink(self._path)
+            with _at_unix_address(self._path) as (self._sock, address):
+                self._sock.bind(address)
+                os.chmod(self._path, 0o600)
+                self._sock.listen(128)
+        except OSError as error:
+            raise TentacleError('%s can not be made: %s' % (self._path, error.strerror))
+        self._thread = start_thread('relay', self._accept)
+
+    def stop(self) -> None:
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(self._path)
+        _hang_up(self._sock)
+        if self._thread is not None:
+            self._thread.join()
+        self._sock.close()
+        with self._lock:
+            for stream in self._streams:
+                stream.hang_up()
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                sock, _ = self._sock.accept()
+            except OSError:
+                return  # stopped
+            start_thread('relayed call', self._serve, SocketStream(sock, 'a local client'))
+
+    def _serve(self, stream: SocketStream) -> None:
+        with self._lock:
+            self._streams.append(stream)
+        try:
+            stream.set_timeout(self._limits.handshake)
+            stream.read_until(end_of_greeting, self._limits.greeting)
+            handler = lambda request, answer: self._hand_on(stream, request, answer)
+            MessageExchange(stream, limits=self._limits).as_server(handler)
+        except TentacleError as error:
+            wire_logger.info('%s: %s', stream.peer, error)
+        finally:
+            with self._lock:
+                self._streams.remove(stream)
+            stream.close()
+
+    def _hand_on(
+        self, stream: SocketStream, request: Request, answer: Callable[[Response], None]
+    ) -> None:
+        if request.service == RELAY_SERVICE:
+            listed = [connection._asdict() for connection in self._server.connections()]
+            answer(Response(request.id, listed))
+            return
+        answered = []
+
+        def take(response: Response) -> None:
+            answered.append(True)
+            with contextlib.suppress(ConnectionLost):  # who asked has left: read past, and go on
+                answer(response)
+
+        try:
+            self._await(stream, request, take)
+        except TentacleError as error:
+            if answered:
+                raise
+            kind = 'tentacle.py ' + type(error).__name__
+            answer(Response(request.id, error=ServiceError(str(error), kind)))
+
+    def _await(
+        self, stream: SocketStream, request: Request, take: Callable[[Response], None]
+    ) -> None:
+        """Wait for the outcome of a call; withdraw it when it is not fetched in time, or when its
+        caller leaves before.
+        """
+        from concurrent.futures import CancelledError
+
+        endpoint = request.endpoint
+        if endpoint is None or not endpoint.is_polling:
+            raise ProtocolError('a call for a polling tentacle was expected')
+        outcome, withdraw = self._server.submit(request, take)
+        done, wake = socket.socketpair()
+        with done, wake:
+            outcome.add_done_callback(lambda outcome: wake.send(b'x'))
+            events = select.poll()
+            events.register(done, select.POLLIN)
+            events.register(stream, 0)  # its end alone is of interest
+            ready = events.poll(endpoint.queue_timeout * 1000)
+            if not outcome.done() and withdraw():
+                if ready:
+                    raise ConnectionLost('who asked for it has left')
+                raise self._server.not_fetched(request)
+            try:
+                outcome.result()
+            except CancelledError:
+                raise NotDelivered('The server for polling tentacles was stopped')
+
+
 # ---- 18. Configuration ---------------------------------------------------------------------------
 # The settings file is the original's: flat XML, one `set` a key; keys that are not ours are kept as
 # they are.
@@ -5180,6 +6309,7 @@ KEY_APPLICATIONS = 'Tentacle.Deployment.ApplicationDirectory'
 KEY_THUMBPRINT = 'Tentacle.CertificateThumbprint'
 KEY_CERTIFICATE_FILE = 'TentaclePy.CertificateFile'  # ours: the PEM file, relative to the settings
 KEY_FILES_ROOT = 'TentaclePy.FilesRoot'  # ours: the folder outside which no file is transferred
+KEY_SUBSCRIPTION = 'TentaclePy.Subscription'  # ours: of `poll`, made once
 
 STYLE_LISTENING = 1  # CommunicationStyle TentaclePassive
 
@@ -5195,6 +6325,7 @@ class Settings(NamedTuple):
     applications: str
     certificate_path: str  # of the PEM file, which may not be there yet
     files_root: str  # '' = files are transferred from and to anywhere
+    subscription: str  # poll://.../ of `poll`; '' = not made yet
 
 
 def read_settings_file(path: str) -> Dict[str, str]:
@@ -5353,6 +6484,7 @@ def read_settings(path: str) -> Settings:
         values.get(KEY_APPLICATIONS) or '/home/Octopus/Applications',
         os.path.join(folder, values.get(KEY_CERTIFICATE_FILE) or CERTIFICATE_NAME),
         values.get(KEY_FILES_ROOT, ''),
+        values.get(KEY_SUBSCRIPTION, ''),
     )
 
 
@@ -5414,6 +6546,26 @@ def our_identity(settings: Settings) -> Identity:
     return identity
 
 
+def our_subscription(settings: Settings) -> str:
+    """The subscription that the settings name; a missing one is made, and kept in them. Raises
+    TentacleError.
+    """
+    if settings.subscription:
+        try:
+            return parse_subscription(settings.subscription)
+        except UsageError as error:
+            raise TentacleError('%s in %s: %s' % (KEY_SUBSCRIPTION, settings.path, error))
+    made = new_subscription()
+    kept = ''
+
+    def change(values: Dict[str, str]) -> None:
+        nonlocal kept
+        kept = values.setdefault(KEY_SUBSCRIPTION, made)  # another one may have been faster
+
+    change_settings(settings.path, change)
+    return kept
+
+
 def script_environment(settings: Settings) -> Dict[str, str]:
     """The environment of a script (wire notes 4): ours, and what deployments look for."""
     environment = dict(os.environ)
@@ -5442,34 +6594,48 @@ def script_environment(settings: Settings) -> Dict[str, str]:
     return environment
 
 
-class TrustedThumbprints:
-    """The pinned thumbprints: those given for this run, and the settings' as they are now.
+class Watched:
+    """What a file says as it is now: a look at its time for each question, and a read when it
+    changed. Any thread may call. Raises TentacleError when it is made, and not from then on.
+    """
 
-    Called for every connection, from its thread: a look at the file's time, and a read when it
-    changed.
+    def __init__(self, path: str, read: Callable[[], Any]):
+        self._path = path
+        self._read = read
+        self._lock = threading.Lock()
+        self._seen = self._stamp()
+        self._content = read()
+
+    def _stamp(self) -> Any:
+        try:
+            details = os.stat(self._path)
+        except OSError:
+            return None
+        return details.st_mtime_ns, details.st_ino, details.st_size
+
+    def __call__(self) -> Any:
+        with self._lock:
+            seen = self._stamp()
+            if seen is not None and seen != self._seen:  # when it is gone, what it said last holds
+                self._seen = seen
+                try:
+                    self._content = self._read()
+                except TentacleError as error:
+                    logger.error('Who is trusted stays as it was: %s', error)
+            return self._content
+
+
+class TrustedThumbprints:
+    """The pinned thumbprints: those given for this run, and the settings' as they are now. Called
+    for every connection, from its thread.
     """
 
     def __init__(self, path: str, given: Iterable[str] = ()):
-        self._path = path
         self._given = frozenset(given)
-        self._lock = threading.Lock()
-        self._seen: Any = None
-        self._trusted = frozenset(read_settings(path).trusted)
+        self._settings = Watched(path, lambda: frozenset(read_settings(path).trusted))
 
     def __call__(self) -> FrozenSet[str]:
-        with self._lock:
-            try:
-                details = os.stat(self._path)
-                seen: Any = (details.st_mtime_ns, details.st_ino, details.st_size)
-            except OSError:
-                seen = None  # gone: what it said last holds
-            if seen is not None and seen != self._seen:
-                self._seen = seen
-                try:
-                    self._trusted = frozenset(read_settings(self._path).trusted)
-                except TentacleError as error:
-                    logger.error('The trusted thumbprints stay as they were: %s', error)
-            return self._trusted | self._given
+        return self._settings() | self._given
 
 
 def _set_in_section(text: str, section: str, key: str, value: str) -> str:
@@ -5523,19 +6689,17 @@ class Targets:
         """The endpoint of a name or of an address, with its pinned thumbprint if there is one.
         Raises UsageError.
         """
-        if target.startswith('poll://'):
-            raise UsageError(
-                '%s is a polling tentacle, and this version calls listening ones alone'
-                % printable(target)
-            )
         if self._sections.has_section(target):
             return self._endpoint(target)
         uri = parse_target_uri(target)
-        for name in self._sections.sections():
-            endpoint = self._endpoint(name)
+        for endpoint in self.all().values():
             if endpoint.uri == uri:
                 return endpoint
         return ServiceEndPoint(uri)
+
+    def all(self) -> Dict[str, ServiceEndPoint]:
+        """Every target by its name, in the order of the file. Raises TentacleError."""
+        return {name: self._endpoint(name) for name in self._sections.sections()}
 
     def _endpoint(self, name: str) -> ServiceEndPoint:
         section = self._sections[name]
@@ -5560,9 +6724,10 @@ class Targets:
         for name in names:
             self._text = _set_in_section(self._text, name, 'thumbprint', endpoint.thumbprint or '')
         if not names:
-            name = (
-                target if '://' not in target and '[' not in target else '%s:%d' % endpoint.address
-            )
+            name = target
+            if '://' in target or '[' in target:
+                name = endpoint.uri.split('/')[2] if endpoint.is_polling else ''
+                name = name or '%s:%d' % endpoint.address
             self._text += '%s[%s]\nuri = %s\nthumbprint = %s\n' % (
                 '' if not self._text else '\n' if self._text.endswith('\n') else '\n\n',
                 name,
@@ -5571,6 +6736,46 @@ class Targets:
             )
         write_private(self.path, self._text.encode())
         self._sections = self._parse()
+
+
+class TrustedPollers:
+    """Who may poll our server: the thumbprints given for this run, and those of the polling targets
+    as their file has them now; a subscription that stands there is for its thumbprint alone.
+    """
+
+    def __init__(self, home: str, given: Iterable[str] = ()):
+        self._given = frozenset(given)
+
+        def read() -> Dict[str, Optional[str]]:
+            endpoints = Targets(home).all().values()
+            return {entry.uri: entry.thumbprint for entry in endpoints if entry.is_polling}
+
+        self._pinned = Watched(os.path.join(home, 'targets'), read)
+
+    def __call__(self) -> FrozenSet[str]:
+        return self._given.union(filter(None, self._pinned().values()))
+
+    def pinned(self, subscription: str) -> Optional[str]:
+        return self._pinned().get(subscription)
+
+
+@contextlib.contextmanager
+def sole_holder(home: str, name: str) -> Iterator[bool]:
+    """Whether we are the only one to hold a lock of a home directory, which ends with its holder.
+
+    Raises TentacleError when the home can not be used.
+    """
+    import fcntl
+
+    with locked_folder(home):
+        descriptor = os.open(os.path.join(home, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        yield True
+    except BlockingIOError:
+        yield False
+    finally:
+        os.close(descriptor)
 
 
 # ---- 19. Command line ----------------------------------------------------------------------------
@@ -5695,43 +6900,56 @@ class SignalWaiter:
         return self._reader.recv(1)[0]
 
 
-@_command(
-    'listen',
-    'be a listening tentacle, until SIGTERM or Ctrl-C',
-    'tentacle.py listen --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
+_TRUST_OPTION = _option(
+    '--trust',
+    metavar='THUMBPRINT',
+    action='append',
+    default=[],
+    help='also trust this certificate, for this run; may be repeated',
+)
+_FILES_ROOT_OPTION = _option(
+    '--files-root',
+    metavar='DIR',
+    help='no file outside this folder is uploaded or downloaded (default: as configured)',
+)
+_PROXY_OPTIONS = (
     _option(
-        '--port',
-        metavar='N',
-        help='port to listen on, 0 = a free one (default: as configured, else 10933)',
+        '--proxy',
+        metavar='URL',
+        help='go through this HTTP proxy, http://[USER[:PASSWORD]@]HOST:PORT; none = through none '
+        '(default: $HTTPS_PROXY or $ALL_PROXY, minus $NO_PROXY)',
     ),
     _option(
-        '--trust',
-        metavar='THUMBPRINT',
-        action='append',
-        default=[],
-        help='also trust this certificate, for this run; may be repeated',
-    ),
-    _option(
-        '--files-root',
-        metavar='DIR',
-        help='no file outside this folder is uploaded or downloaded (default: as configured)',
+        '--proxy-password-file',
+        metavar='FILE',
+        help='the password of --proxy is the first line of this file',
     ),
 )
-def _listen(arguments: Any) -> int:
-    given = [parse_thumbprint(text) for text in arguments.trust]
-    settings = _settings(arguments)
-    port = settings.port if arguments.port is None else _port(arguments.port)
-    identity = our_identity(settings)
-    trusted = TrustedThumbprints(settings.path, given)
+
+
+def _proxy_chooser(arguments: Any) -> Callable[[str], Optional[Proxy]]:
+    """What gives the proxy to an https URI. Raises UsageError."""
+    password = None
+    if arguments.proxy_password_file is not None:
+        try:
+            with open(arguments.proxy_password_file, encoding='utf-8') as file:
+                password = file.readline().rstrip('\r\n')
+        except (OSError, ValueError) as error:
+            raise UsageError('The file of --proxy-password-file can not be read: %s' % error)
+    if arguments.proxy is None:
+        if password is not None:
+            raise UsageError('--proxy-password-file needs --proxy http://USER@HOST:PORT')
+        return proxy_of_environment
+    chosen = None if arguments.proxy == 'none' else parse_proxy(arguments.proxy, password)
+    return lambda uri: chosen
+
+
+def _agent_services(arguments: Any, settings: Settings) -> AgentServices:
+    """Raises TentacleError when the home can not be used."""
     try:
-        agent = ListeningTentacle(
+        return AgentServices(
             settings.home,
-            identity,
-            trusted,
-            settings.listen_address,
-            port,
             lambda: script_environment(settings),
-            _program(arguments, 'configure --trust'),
             _files_root(arguments.files_root) or settings.files_root or None,
         )
     except OSError as error:
@@ -5739,6 +6957,9 @@ def _listen(arguments: Any) -> int:
             '%s can not be used: %s. Choose another folder with --home DIR or $TENTACLE_HOME'
             % (settings.home, error.strerror)
         )
+
+
+def _say_trusted(arguments: Any, identity: Identity, trusted: TrustedThumbprints) -> None:
     logger.info('tentacle.py %s, our thumbprint is %s', __version__, identity.thumbprint)
     pinned = trusted()
     for thumbprint in sorted(pinned):
@@ -5748,13 +6969,327 @@ def _listen(arguments: Any) -> int:
             'Agent trusts no Octopus Server yet, so it will refuse every connection. '
             'To trust one: %s THUMBPRINT' % _program(arguments, 'configure --trust')
         )
-    signals = SignalWaiter(signal.SIGTERM, signal.SIGINT)
+
+
+def _listener(
+    arguments: Any,
+    settings: Settings,
+    services: AgentServices,
+    identity: Identity,
+    trusted: TrustedThumbprints,
+    port: int,
+) -> ListeningTentacle:
+    trust_command = _program(arguments, 'configure --trust')
+    return ListeningTentacle(
+        services, identity, trusted, settings.listen_address, port, trust_command
+    )
+
+
+def _start_listening(agent: ListeningTentacle) -> None:
     agent.start()
     say('listen://%s/ ... Listener started' % agent.address)
     say('Agent listening on: %s' % agent.address)
+
+
+@_command(
+    'listen',
+    'be a listening tentacle, until SIGTERM or Ctrl-C',
+    'tentacle.py listen --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
+    _option(
+        '--port',
+        metavar='N',
+        help='port to listen on, 0 = a free one (default: as configured, else 10933)',
+    ),
+    _TRUST_OPTION,
+    _FILES_ROOT_OPTION,
+)
+def _listen(arguments: Any) -> int:
+    given = [parse_thumbprint(text) for text in arguments.trust]
+    settings = _settings(arguments)
+    port = settings.port if arguments.port is None else _port(arguments.port)
+    identity = our_identity(settings)
+    trusted = TrustedThumbprints(settings.path, given)
+    services = _agent_services(arguments, settings)
+    agent = _listener(arguments, settings, services, identity, trusted, port)
+    _say_trusted(arguments, identity, trusted)
+    signals = SignalWaiter(signal.SIGTERM, signal.SIGINT)
+    services.start()
+    _start_listening(agent)
     logger.info('Stopping: %s', signal.Signals(signals.wait()).name)
     agent.stop()
+    services.stop()
     return 0
+
+
+_BUSY = 75  # EX_TEMPFAIL: another one of the same home is still at it
+
+
+@_command(
+    'poll',
+    'be a polling tentacle, that dials its servers; resident, or from cron with --once',
+    'tentacle.py poll https://server:10943/ --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3\n'
+    '  * * * * * python3 tentacle.py poll https://server:10943/ --once     (in a crontab)',
+    _option('servers', metavar='URL', nargs='+', help='https://HOST[:10943]/, one for each node'),
+    _TRUST_OPTION,
+    _option(
+        '--subscription',
+        metavar='poll://NAME/',
+        help='the queue to poll (default: one that is made once, and kept)',
+    ),
+    _option('--connections', metavar='N', default='1', help='to each server, 1 to 512 (default 1)'),
+    _option(
+        '--once',
+        action='store_true',
+        help='do the work there is and leave: exit code 0, 1 when no server could be reached, 75 '
+        'when another one of this home is still at it',
+    ),
+    _option(
+        '--max-time',
+        metavar='SECONDS',
+        help='with --once: leave after this time; scripts go on, and the next run has them again',
+    ),
+    _option('--listen', metavar='PORT', help='be a listening tentacle as well, on this port'),
+    _FILES_ROOT_OPTION,
+    *_PROXY_OPTIONS,
+)
+def _poll(arguments: Any) -> int:
+    given = [parse_thumbprint(text) for text in arguments.trust]
+    connections = _number('--connections', arguments.connections, 1, 512)
+    max_time = float('inf')
+    if arguments.max_time is not None:
+        max_time = _number('--max-time', arguments.max_time, 1, 10**9)
+    if arguments.once and arguments.listen is not None:
+        raise UsageError('--once leaves when its work is done, so it can not --listen')
+    proxy_of = _proxy_chooser(arguments)
+    settings = _settings(arguments)
+    identity = our_identity(settings)
+    trusted = TrustedThumbprints(settings.path, given)
+    with sole_holder(settings.home, 'poll.lock') as is_sole:
+        if not is_sole:
+            _complain('another `tentacle.py poll` of %s is still at it' % settings.home)
+            return _BUSY
+        subscription = arguments.subscription and parse_subscription(arguments.subscription)
+        services = _agent_services(arguments, settings)
+        agent = PollingTentacle(
+            services,
+            identity,
+            trusted,
+            arguments.servers,
+            subscription or our_subscription(settings),
+            connections,
+            proxy_of,
+            _program(arguments, 'configure --trust'),
+        )
+        if arguments.once:
+            return _poll_once(agent, services, max_time)
+        return _keep_polling(arguments, settings, agent, services, identity, trusted)
+
+
+def _number(option: str, text: str, least: int, most: int) -> int:
+    if not re.match(r'[0-9]{1,10}\Z', text) or not least <= int(text) <= most:
+        raise UsageError(
+            '%s %s: a number from %d to %d expected' % (option, printable(text), least, most)
+        )
+    return int(text)
+
+
+def _poll_once(agent: PollingTentacle, services: AgentServices, max_time: float) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    services.start()
+    try:
+        return 0 if agent.run_once(max_time) else 1
+    finally:
+        services.stop()
+
+
+def _keep_polling(
+    arguments: Any,
+    settings: Settings,
+    agent: PollingTentacle,
+    services: AgentServices,
+    identity: Identity,
+    trusted: TrustedThumbprints,
+) -> int:
+    """Poll, and listen where that is asked for, until SIGTERM or Ctrl-C."""
+    listener = None
+    if arguments.listen is not None:
+        port = _port(arguments.listen)
+        listener = _listener(arguments, settings, services, identity, trusted, port)
+    _say_trusted(arguments, identity, trusted)
+    for uri in sorted(set(agent.servers)):
+        say(
+            'Agent will poll Octopus Server at %s for subscription %s expecting thumbprint %s'
+            % (uri, agent.subscription, ' or '.join(sorted(trusted())) or 'none yet')
+        )
+    signals = SignalWaiter(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    services.start()
+    if listener is not None:
+        _start_listening(listener)
+    say('Starting %d polling connections' % len(agent.servers))
+    agent.start()
+    number = signals.wait()
+    while number == signal.SIGHUP:
+        logger.info('SIGHUP: dialling now')
+        agent.dial_now()
+        number = signals.wait()
+    logger.info('Stopping: %s', signal.Signals(number).name)
+    if listener is not None:
+        listener.stop()
+    agent.stop()
+    services.stop()
+    return 0
+
+
+def _relay_path(settings: Settings) -> str:
+    return os.path.join(settings.home, 'serve.sock')
+
+
+def _allow_many_descriptors() -> None:
+    """A connection takes one, and the usual soft limit is 1,024."""
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+@_command(
+    'serve',
+    'let polling tentacles come here, and hand them the calls of exec, upload and download',
+    'tentacle.py serve --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
+    _option('--port', metavar='N', help='port to listen on, 0 = a free one (default: 10943)'),
+    _TRUST_OPTION,
+)
+def _serve(arguments: Any) -> int:
+    given = [parse_thumbprint(text) for text in arguments.trust]
+    port = POLLING_PORT if arguments.port is None else _port(arguments.port)
+    settings = _settings(arguments)
+    identity = our_identity(settings)
+    with sole_holder(settings.home, 'serve.lock') as is_sole:
+        if not is_sole:
+            raise TentacleError(
+                'Another `tentacle.py serve` of %s runs already: use that one, or stop it'
+                % settings.home
+            )
+        _allow_many_descriptors()
+        server = _polling_server(arguments, settings, identity, given, port)
+        relay = Relay(_relay_path(settings), server)
+        signals = SignalWaiter(signal.SIGTERM, signal.SIGINT)
+        logger.info('tentacle.py %s, our thumbprint is %s', __version__, identity.thumbprint)
+        relay.start()
+        server.start()
+        say('Server for polling tentacles on: %s' % server.address)
+        logger.info('Stopping: %s', signal.Signals(signals.wait()).name)
+        relay.stop()
+        server.stop()
+    return 0
+
+
+def _polling_server(
+    arguments: Any, settings: Settings, identity: Identity, given: List[str], port: int
+) -> PollingServer:
+    trusted = TrustedPollers(settings.home, given)
+    trust_command = _program(arguments, 'trust') + ' poll://SUBSCRIPTION/'
+    return PollingServer(identity, trusted, '', port, trusted.pinned, trust_command=trust_command)
+
+
+def _ago(seconds: float) -> str:
+    for unit, size in (('d', 86400), ('h', 3600), ('min', 60)):
+        if seconds >= size:
+            return '%d %s' % (seconds // size, unit)
+    return '%d s' % seconds
+
+
+@_command(
+    'targets',
+    'list the tentacles that are known here, and those that are connected to our server',
+    'tentacle.py targets',
+)
+def _targets(arguments: Any) -> int:
+    settings = _settings(arguments)
+    known = Targets(settings.home).all()
+    connected: List[Dict[str, Any]] = []
+    relayed = RelayedClient(
+        _relay_path(settings), ServiceEndPoint('poll://relay/'), our_identity(settings)
+    )
+    with relayed, contextlib.suppress(NotDelivered):  # no server runs
+        connected = relayed.call(RELAY_SERVICE, 'Connections')
+    names = {endpoint.uri: name for name, endpoint in known.items()}
+    rows = [('NAME', 'ADDRESS', 'THUMBPRINT', 'CONNECTED FROM', 'SINCE', 'LAST SEEN')]
+    now = time.time()
+    for entry in connected:
+        rows.append(
+            (
+                names.pop(entry['subscription'], '-'),
+                entry['subscription'],
+                entry['thumbprint'],
+                entry['address'],
+                _ago(now - entry['since']),
+                _ago(now - entry['last_seen']),
+            )
+        )
+    for uri, name in names.items():
+        rows.append((name, uri, known[name].thumbprint or '-', '-', '-', '-'))
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        say('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+    return 0
+
+
+_CALL_OPTIONS = _PROXY_OPTIONS + (
+    _option(
+        '--trust',
+        metavar='THUMBPRINT',
+        help='of the tentacle, for this run (default: the pinned one)',
+    ),
+    _option(
+        '--listen-for-polling',
+        metavar='PORT',
+        nargs='?',
+        const=str(POLLING_PORT),
+        help='for polling tentacles, where no `serve` runs: let them come to this port (default: '
+        '10943) for as long as it takes',
+    ),
+    _option(
+        '--queue-timeout',
+        metavar='SECONDS',
+        default='120',
+        help='how long a polling tentacle may take to fetch a call (default: 120)',
+    ),
+)
+
+
+@contextlib.contextmanager
+def _clients(arguments: Any, settings: Settings) -> Iterator[Callable[[ServiceEndPoint], Any]]:
+    """What gives a client for a target: dialled, through our `serve`, or through a server of our
+    own.
+    """
+    identity = our_identity(settings)
+    server = None
+
+    def client_of(endpoint: ServiceEndPoint) -> Any:
+        nonlocal server
+        if not endpoint.is_polling:
+            return TentacleClient(endpoint, identity)
+        if arguments.listen_for_polling is None:
+            if not os.path.exists(_relay_path(settings)):
+                raise NotDelivered(
+                    '%s is a polling tentacle, and no server runs that it could poll: start %s, or '
+                    'give --listen-for-polling' % (endpoint.uri, _program(arguments, 'serve'))
+                )
+            return RelayedClient(_relay_path(settings), endpoint, identity)
+        if server is None:
+            port = _port(arguments.listen_for_polling)
+            given = [endpoint.thumbprint] if endpoint.thumbprint else []
+            server = _polling_server(arguments, settings, identity, given, port)
+            server.start()
+        return server.client(endpoint)
+
+    try:
+        yield client_of
+    finally:
+        if server is not None:
+            server.stop()
 
 
 def _read_script(arguments: Any) -> str:
@@ -5827,6 +7362,12 @@ def _open_file(path: str) -> BinaryIO:
 
 def _pinned_target(arguments: Any, settings: Settings, target: str) -> ServiceEndPoint:
     endpoint = Targets(settings.home).find(target)
+    if arguments.trust is not None:
+        endpoint = endpoint._replace(thumbprint=parse_thumbprint(arguments.trust))
+    if endpoint.is_polling:
+        timeout = _number('--queue-timeout', arguments.queue_timeout, 1, 10**6)
+        return endpoint._replace(queue_timeout=float(timeout))
+    endpoint = endpoint._replace(proxy=_proxy_chooser(arguments)(endpoint.uri))
     if endpoint.thumbprint is None:
         raise UntrustedThumbprint(
             '%s is not known here, so it is not called. See its thumbprint and trust it: %s %s'
@@ -5864,7 +7405,11 @@ _EXIT_CODE_MEANINGS = {
     'run a script on a tentacle, and see its output as it comes',
     'tentacle.py exec web-1 -- uptime\n  tentacle.py exec web-1 -- "df -h | tail -3"\n'
     '  tentacle.py exec web-1 --script deploy.sh --file app.conf',
-    _option('target', metavar='TARGET', help='name, HOST[:PORT] or https://HOST:PORT/'),
+    _option(
+        'target',
+        metavar='TARGET',
+        help='name, HOST[:PORT], https://HOST:PORT/ or poll://SUBSCRIPTION/',
+    ),
     _option('--script', metavar='FILE', help='the script; - is standard input'),
     _option(
         '--file',
@@ -5873,6 +7418,7 @@ _EXIT_CODE_MEANINGS = {
         default=[],
         help='put it beside the script, whose working directory that is; may be repeated',
     ),
+    *_CALL_OPTIONS,
     words='-- COMMAND: one word is a line for the shell, several are a command and its arguments',
 )
 def _exec(arguments: Any) -> int:
@@ -5881,7 +7427,7 @@ def _exec(arguments: Any) -> int:
     settings = _settings(arguments)
     endpoint = _pinned_target(arguments, settings, arguments.target)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    with TentacleClient(endpoint, our_identity(settings)) as client:
+    with _clients(arguments, settings) as client_of, client_of(endpoint) as client:
         exit_code = client.run_script(script, _LinePrinter(arguments.verbose), files=files)
     if exit_code < 0:
         print(
@@ -6027,20 +7573,20 @@ _JSON_OPTION = _option('--json', action='store_true', help='events on stdout, on
         help='where to; a relative path is under the home directory of the tentacle',
     ),
     _JSON_OPTION,
+    *_CALL_OPTIONS,
 )
 def _upload(arguments: Any) -> int:
     places = [_remote_place(text) for text in arguments.places]
     settings = _settings(arguments)
-    identity = our_identity(settings)
     endpoints = [_pinned_target(arguments, settings, target) for target, _ in places]
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     exit_code = 0
-    with _file_to_send(arguments.file) as file:
+    with _file_to_send(arguments.file) as file, _clients(arguments, settings) as client_of:
         total = file.seek(0, os.SEEK_END)
         for (target, path), endpoint in zip(places, endpoints):
             report = _TransferReport(arguments.json, target, path, total)
             try:
-                with TentacleClient(endpoint, identity) as client:
+                with client_of(endpoint) as client:
                     result = client.upload(file, path, report.progress)
                 report.done(result, 'Uploaded to %s:%s' % (target, printable(result.path)))
             except TentacleError as error:
@@ -6086,6 +7632,7 @@ def _file_to_receive(name: str, remote_path: str) -> Iterator[BinaryIO]:
     _option('place', metavar='TARGET:PATH', help='where from'),
     _option('file', metavar='FILE', help='where to; - is standard output'),
     _JSON_OPTION,
+    *_CALL_OPTIONS,
 )
 def _download(arguments: Any) -> int:
     if arguments.json and arguments.file == '-':
@@ -6096,7 +7643,7 @@ def _download(arguments: Any) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     report = _TransferReport(arguments.json, target, path)
     try:
-        with TentacleClient(endpoint, our_identity(settings)) as client:
+        with _clients(arguments, settings) as client_of, client_of(endpoint) as client:
             with _file_to_receive(arguments.file, path) as file:
                 result = client.download(path, file, report.progress)
                 if result is None:
@@ -6119,7 +7666,19 @@ def _confirmed(question: str) -> bool:
 def _trust_target(arguments: Any, settings: Settings) -> int:
     targets = Targets(settings.home)
     endpoint = targets.find(arguments.target)
-    stream = dial_tls(endpoint.uri, our_identity(settings))
+    if arguments.thumbprint is not None:
+        thumbprint = parse_thumbprint(arguments.thumbprint)
+        targets.pin(arguments.target, endpoint._replace(thumbprint=thumbprint))
+        say('Pinned in %s' % targets.path)
+        return 0
+    if endpoint.is_polling:
+        raise UsageError(
+            '%s dials us, so its thumbprint can not be asked for: %s %s THUMBPRINT, as '
+            '`tentacle.py show-thumbprint` prints it there'
+            % (endpoint.uri, _program(arguments, 'trust'), arguments.target)
+        )
+    proxy = _proxy_chooser(arguments)(endpoint.uri)
+    stream = dial_tls(endpoint.uri, our_identity(settings), proxy=proxy)
     thumbprint = stream.thumbprint
     stream.close()
     if thumbprint is None:
@@ -6150,11 +7709,20 @@ def _trust_target(arguments: Any, settings: Settings) -> int:
         metavar='TARGET | THUMBPRINT',
         help='a tentacle to call; or the thumbprint of one who may call us',
     ),
+    _option(
+        'thumbprint',
+        metavar='THUMBPRINT',
+        nargs='?',
+        help="of the TARGET, where it is known; a polling tentacle's can not be asked for",
+    ),
     _option('--yes', action='store_true', help='do not ask'),
+    *_PROXY_OPTIONS,
 )
 def _trust(arguments: Any) -> int:
     settings = _settings(arguments)
     try:
+        if arguments.thumbprint is not None:
+            raise UsageError('a target')
         thumbprint = parse_thumbprint(arguments.target)
     except UsageError:
         return _trust_target(arguments, settings)
