@@ -1149,6 +1149,13 @@ LISTENING_PORT = 10933
 POLLING_PORT = 10943
 
 
+def _host_and_port(address: Tuple[Any, ...]) -> str:
+    host = str(address[0])
+    if host.startswith('::ffff:') and '.' in host:
+        host = host[len('::ffff:') :]  # IPv4 on the IPv6 socket
+    return '%s:%d' % ('[%s]' % host if ':' in host else host, address[1])
+
+
 class Proxy(NamedTuple):
     """An HTTP proxy that tunnels by CONNECT."""
 
@@ -1180,6 +1187,17 @@ class ServiceEndPoint(NamedTuple):
         return host.strip('[]'), int(port)
 
 
+def parse_subscription(text: str) -> str:
+    """`poll://NAME/`, in lower case as every peer's URI has it. Raises UsageError."""
+    match = re.match(r'poll://([A-Za-z0-9._-]{1,100})/?\Z', text)
+    if not match:
+        raise UsageError(
+            '%s is no subscription: poll://NAME/ expected, of letters, digits, - and _'
+            % printable(text)
+        )
+    return 'poll://%s/' % match.group(1).lower()
+
+
 def parse_target_uri(text: str, default_port: int = LISTENING_PORT) -> str:
     """`host`, `host:port`, `[v6]:port`, a bare IPv6 address or an https URL as
     `https://host:port/`; a `poll://subscription` with its slash.
@@ -1202,28 +1220,10 @@ def parse_target_uri(text: str, default_port: int = LISTENING_PORT) -> str:
     return 'https://%s:%s/' % (host, match.group(3) or default_port)
 
 
-def parse_subscription(text: str) -> str:
-    """`poll://NAME/`, in lower case as every peer's URI has it. Raises UsageError."""
-    match = re.match(r'poll://([A-Za-z0-9._-]{1,100})/?\Z', text)
-    if not match:
-        raise UsageError(
-            '%s is no subscription: poll://NAME/ expected, of letters, digits, - and _'
-            % printable(text)
-        )
-    return 'poll://%s/' % match.group(1).lower()
-
-
 def new_subscription() -> str:
     """20 random letters and digits, as the original makes them."""
     alphabet = 'abcdefghijklmnopqrstuvwxyz0123456789'
     return 'poll://%s/' % ''.join(secrets.choice(alphabet) for _ in range(20))
-
-
-def _host_and_port(address: Tuple[Any, ...]) -> str:
-    host = str(address[0])
-    if host.startswith('::ffff:') and '.' in host:
-        host = host[len('::ffff:') :]  # IPv4 on the IPv6 socket
-    return '%s:%d' % ('[%s]' % host if ':' in host else host, address[1])
 
 
 def parse_proxy(text: str, password: Optional[str] = None) -> Proxy:
@@ -2680,52 +2680,52 @@ class IncomingStreams:
         self._stream = stream
         self._spool = spool
         self._limits = limits
-        self._awaited = {data_stream.id: data_stream for data_stream in streams}
+        self._awaited = {data_stream.id: data_stream.length for data_stream in streams}
         self._kept: Dict[uuid.UUID, BinaryIO] = {}
         self._reader: Any = None  # of the one that is being read
         if len(self._awaited) < len(streams):
             raise ProtocolError('two data streams of a message have the same id')
         for data_stream in streams:
-            data_stream.received(lambda wanted=data_stream: self._open(wanted))
+            data_stream.received(lambda wanted=data_stream.id: self._open(wanted))
 
-    def _next(self) -> DataStream:
-        """The data stream that comes now; `_reader` has its bytes."""
+    def _next(self) -> uuid.UUID:
+        """The id of the data stream that comes now; `_reader` has its bytes."""
         self._finish_reader()
         head = self._stream.read_exactly(24)
         (length,) = _INT64.unpack(head[16:])
-        data_stream = self._awaited.pop(uuid.UUID(bytes_le=head[:16]), None)
-        if data_stream is None or length != data_stream.length:
+        stream_id = uuid.UUID(bytes_le=head[:16])
+        if self._awaited.pop(stream_id, None) != length:
             raise ProtocolError(
                 'a data stream of %d bytes came that the message does not name so' % length
             )
         self._reader = _WireReader(self._stream, length)
-        return data_stream
+        return stream_id
 
     def _finish_reader(self) -> None:
         """Read past what its reader has left."""
         if self._reader is not None and self._reader.left:
             pump(self._reader, lambda part: None, self._reader.left)
 
-    def _open(self, wanted: DataStream) -> BinaryIO:
-        while wanted.id in self._awaited:
+    def _open(self, wanted: uuid.UUID) -> BinaryIO:
+        while wanted in self._awaited:
             came = self._next()
-            if came is wanted:
+            if came == wanted:
                 return self._reader
             self._keep(came)
-        if wanted.id not in self._kept:
+        if wanted not in self._kept:
             raise ProtocolError('a data stream can be read once')
-        return self._kept.pop(wanted.id)
+        return self._kept.pop(wanted)
 
-    def _keep(self, data_stream: DataStream) -> None:
+    def _keep(self, stream_id: uuid.UUID) -> None:
         import tempfile
 
-        length = data_stream.length
+        length = self._reader.left
         file: Any = io.BytesIO()
         if length > self._limits.stream_in_memory:
             folder = self._spool or tempfile.gettempdir()
             require_room(folder, length, self._limits)
             file = tempfile.TemporaryFile(dir=folder)
-        self._kept[data_stream.id] = file
+        self._kept[stream_id] = file
         pump(self._reader, file.write, length)
         file.seek(0)
 
@@ -2739,7 +2739,7 @@ class IncomingStreams:
         too much.
         """
         left = self._reader.left if self._reader is not None else 0
-        left += sum(data_stream.length for data_stream in self._awaited.values())
+        left += sum(self._awaited.values())
         if left > self._limits.read_past:
             raise ProtocolError('%d bytes of data streams would come that nobody takes' % left)
         while self._awaited:
@@ -5865,6 +5865,7 @@ class _Subscription:
         self.last_seen: Optional[float] = None
         self._calls: List[_PendingCall] = []
         self._changed = threading.Condition()
+        self._closed = False
 
     def put(self, call: _PendingCall) -> None:
         with self._changed:
@@ -5879,6 +5880,8 @@ class _Subscription:
         deadline = time.monotonic() + seconds
         with self._changed:
             while True:
+                if self._closed:
+                    raise ConnectionLost('the server for polling tentacles was stopped')
                 call = self._first_for(stream)
                 if call is None:
                     left = deadline - time.monotonic()
@@ -5913,11 +5916,25 @@ class _Subscription:
     def is_idle(self) -> bool:
         return not self.connections and not self._calls
 
-    def withdraw_all(self) -> None:
+    def close(self) -> None:
+        """Withdraw all calls, and let the connections' threads end."""
         with self._changed:
+            self._closed = True
             for call in self._calls:
                 call.outcome.cancel()
             self._calls.clear()
+            self._changed.notify_all()
+
+
+class PolledClient(_Calls):
+    """Calls the services of a polling tentacle through a server in this process."""
+
+    def __init__(self, server: Any, endpoint: ServiceEndPoint, limits: Limits = LIMITS):
+        super().__init__(endpoint, limits)
+        self._server = server
+
+    def _deliver(self, request: Request, take: Optional[Callable[[Response], None]]) -> Response:
+        return self._server.call(request, take)
 
 
 class PollingServer:
@@ -5983,7 +6000,7 @@ class PollingServer:
         with self._lock:
             subscriptions = list(self._subscriptions.values())
         for subscription in subscriptions:
-            subscription.withdraw_all()
+            subscription.close()
         self._listener.server_close()
 
     def connections(self) -> List[PolledConnection]:
@@ -5997,7 +6014,7 @@ class PollingServer:
                 for stream, (since, last_seen) in subscription.connections.items()
             ]
 
-    def client(self, endpoint: ServiceEndPoint) -> 'PolledClient':
+    def client(self, endpoint: ServiceEndPoint) -> PolledClient:
         """A client for a subscription's tentacle, connected or not."""
         return PolledClient(self, endpoint, self._limits)
 
@@ -6110,17 +6127,6 @@ class PollingServer:
             'the thumbprint %s may not poll for %s, which %s' % (stream.thumbprint, uri, reason),
             stream.thumbprint,
         )
-
-
-class PolledClient(_Calls):
-    """Calls the services of a polling tentacle through a server in this process."""
-
-    def __init__(self, server: PollingServer, endpoint: ServiceEndPoint, limits: Limits = LIMITS):
-        super().__init__(endpoint, limits)
-        self._server = server
-
-    def _deliver(self, request: Request, take: Optional[Callable[[Response], None]]) -> Response:
-        return self._server.call(request, take)
 
 
 # -- the way to a server in another process: Halibut again, over a Unix socket of the owner alone
@@ -7024,6 +7030,61 @@ def _listen(arguments: Any) -> int:
 _BUSY = 75  # EX_TEMPFAIL: another one of the same home is still at it
 
 
+def _number(option: str, text: str, least: int, most: int) -> int:
+    if not re.match(r'[0-9]{1,10}\Z', text) or not least <= int(text) <= most:
+        raise UsageError(
+            '%s %s: a number from %d to %d expected' % (option, printable(text), least, most)
+        )
+    return int(text)
+
+
+def _poll_once(agent: PollingTentacle, services: AgentServices, max_time: float) -> int:
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+    services.start()
+    try:
+        return 0 if agent.run_once(max_time) else 1
+    finally:
+        services.stop()
+
+
+def _keep_polling(
+    arguments: Any,
+    settings: Settings,
+    agent: PollingTentacle,
+    services: AgentServices,
+    identity: Identity,
+    trusted: TrustedThumbprints,
+) -> int:
+    """Poll, and listen where that is asked for, until SIGTERM or Ctrl-C."""
+    listener = None
+    if arguments.listen is not None:
+        port = _port(arguments.listen)
+        listener = _listener(arguments, settings, services, identity, trusted, port)
+    _say_trusted(arguments, identity, trusted)
+    for uri in sorted(set(agent.servers)):
+        say(
+            'Agent will poll Octopus Server at %s for subscription %s expecting thumbprint %s'
+            % (uri, agent.subscription, ' or '.join(sorted(trusted())) or 'none yet')
+        )
+    signals = SignalWaiter(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
+    services.start()
+    if listener is not None:
+        _start_listening(listener)
+    say('Starting %d polling connections' % len(agent.servers))
+    agent.start()
+    number = signals.wait()
+    while number == signal.SIGHUP:
+        logger.info('SIGHUP: dialling now')
+        agent.dial_now()
+        number = signals.wait()
+    logger.info('Stopping: %s', signal.Signals(number).name)
+    if listener is not None:
+        listener.stop()
+    agent.stop()
+    services.stop()
+    return 0
+
+
 @_command(
     'poll',
     'be a polling tentacle, that dials its servers; resident, or from cron with --once',
@@ -7085,61 +7146,6 @@ def _poll(arguments: Any) -> int:
         return _keep_polling(arguments, settings, agent, services, identity, trusted)
 
 
-def _number(option: str, text: str, least: int, most: int) -> int:
-    if not re.match(r'[0-9]{1,10}\Z', text) or not least <= int(text) <= most:
-        raise UsageError(
-            '%s %s: a number from %d to %d expected' % (option, printable(text), least, most)
-        )
-    return int(text)
-
-
-def _poll_once(agent: PollingTentacle, services: AgentServices, max_time: float) -> int:
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    services.start()
-    try:
-        return 0 if agent.run_once(max_time) else 1
-    finally:
-        services.stop()
-
-
-def _keep_polling(
-    arguments: Any,
-    settings: Settings,
-    agent: PollingTentacle,
-    services: AgentServices,
-    identity: Identity,
-    trusted: TrustedThumbprints,
-) -> int:
-    """Poll, and listen where that is asked for, until SIGTERM or Ctrl-C."""
-    listener = None
-    if arguments.listen is not None:
-        port = _port(arguments.listen)
-        listener = _listener(arguments, settings, services, identity, trusted, port)
-    _say_trusted(arguments, identity, trusted)
-    for uri in sorted(set(agent.servers)):
-        say(
-            'Agent will poll Octopus Server at %s for subscription %s expecting thumbprint %s'
-            % (uri, agent.subscription, ' or '.join(sorted(trusted())) or 'none yet')
-        )
-    signals = SignalWaiter(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    services.start()
-    if listener is not None:
-        _start_listening(listener)
-    say('Starting %d polling connections' % len(agent.servers))
-    agent.start()
-    number = signals.wait()
-    while number == signal.SIGHUP:
-        logger.info('SIGHUP: dialling now')
-        agent.dial_now()
-        number = signals.wait()
-    logger.info('Stopping: %s', signal.Signals(number).name)
-    if listener is not None:
-        listener.stop()
-    agent.stop()
-    services.stop()
-    return 0
-
-
 def _relay_path(settings: Settings) -> str:
     return os.path.join(settings.home, 'serve.sock')
 
@@ -7151,6 +7157,14 @@ def _allow_many_descriptors() -> None:
     soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
     with contextlib.suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+
+
+def _polling_server(
+    arguments: Any, settings: Settings, identity: Identity, given: List[str], port: int
+) -> PollingServer:
+    trusted = TrustedPollers(settings.home, given)
+    trust_command = _program(arguments, 'trust') + ' poll://SUBSCRIPTION/'
+    return PollingServer(identity, trusted, '', port, trusted.pinned, trust_command=trust_command)
 
 
 @_command(
@@ -7183,14 +7197,6 @@ def _serve(arguments: Any) -> int:
         relay.stop()
         server.stop()
     return 0
-
-
-def _polling_server(
-    arguments: Any, settings: Settings, identity: Identity, given: List[str], port: int
-) -> PollingServer:
-    trusted = TrustedPollers(settings.home, given)
-    trust_command = _program(arguments, 'trust') + ' poll://SUBSCRIPTION/'
-    return PollingServer(identity, trusted, '', port, trusted.pinned, trust_command=trust_command)
 
 
 def _ago(seconds: float) -> str:
@@ -7324,21 +7330,6 @@ def _read_script(arguments: Any) -> str:
     return text
 
 
-def _script_files(paths: List[str]) -> List[ScriptFile]:
-    """The files of `exec --file`. Raises UsageError."""
-    files = []
-    for path in paths:
-        with _open_file(path) as file:
-            length = file.seek(0, os.SEEK_END)
-        contents = DataStream(length, lambda path=path: open(path, 'rb'))
-        files.append(ScriptFile(name=os.path.basename(path), contents=contents))
-    names = [file.name for file in files]
-    for name in names:
-        if names.count(name) > 1:
-            raise UsageError('two of the files are named %s' % printable(name))
-    return files
-
-
 def _open_file(path: str) -> BinaryIO:
     """A file of ours to send. Raises UsageError."""
     if os.path.isdir(path):
@@ -7358,6 +7349,21 @@ def _open_file(path: str) -> BinaryIO:
             '%s is not a file, so nobody knows its length: give it as standard input, with -' % path
         )
     return file  # type: ignore[return-value]
+
+
+def _script_files(paths: List[str]) -> List[ScriptFile]:
+    """The files of `exec --file`. Raises UsageError."""
+    files = []
+    for path in paths:
+        with _open_file(path) as file:
+            length = file.seek(0, os.SEEK_END)
+        contents = DataStream(length, lambda path=path: open(path, 'rb'))
+        files.append(ScriptFile(name=os.path.basename(path), contents=contents))
+    names = [file.name for file in files]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError('two of the files are named %s' % printable(name))
+    return files
 
 
 def _pinned_target(arguments: Any, settings: Settings, target: str) -> ServiceEndPoint:

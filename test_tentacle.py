@@ -37,6 +37,10 @@ import pytest
 import tentacle
 from tentacle import LIMITS, Int64, UtcDate
 
+for _name in ('HTTPS_PROXY', 'ALL_PROXY', 'NO_PROXY'):
+    os.environ.pop(_name, None)
+    os.environ.pop(_name.lower(), None)
+
 HERE = os.path.dirname(os.path.abspath(__file__))
 PROGRAM = os.path.join(HERE, 'tentacle.py')
 OPENSSL = shutil.which('openssl')
@@ -525,19 +529,18 @@ def client(shared_agent, keys):
 @contextlib.contextmanager
 def listening(home, identity, trusted=(), files_root=None, **limits):
     """A listening tentacle in this process, with limits of its own."""
+    limits = LIMITS._replace(**limits)
+    services = tentacle.AgentServices(str(home), files_root=files_root, limits=limits)
     agent = tentacle.ListeningTentacle(
-        str(home),
-        identity,
-        lambda: frozenset(trusted),
-        port=0,
-        files_root=files_root,
-        limits=LIMITS._replace(**limits),
+        services, identity, lambda: frozenset(trusted), port=0, limits=limits
     )
+    services.start()
     agent.start()
     try:
         yield agent
     finally:
         agent.stop()
+        services.stop()
 
 
 def dial(port, identity=None, version=None, host='127.0.0.1'):
@@ -1268,6 +1271,111 @@ def test_what_is_no_target(text):
         tentacle.parse_target_uri(text)
 
 
+PROXY = tentacle.Proxy('px', 3128, 'us er', tentacle.Secret('geheim'))
+
+
+@pytest.mark.parametrize(
+    'text, proxy',
+    [
+        ('http://px:3128', ('px', 3128, '', '')),
+        ('px:3128', ('px', 3128, '', '')),
+        ('http://px/', ('px', 80, '', '')),
+        ('http://us%20er:p%40ss:w@px:1', ('px', 1, 'us er', 'p@ss:w')),
+        ('http://[::1]:8080', ('::1', 8080, '', '')),
+    ],
+)
+def test_proxies_as_people_write_them(text, proxy):
+    assert tuple(tentacle.parse_proxy(text))[:3] == proxy[:3]
+    assert tentacle.parse_proxy(text).password.encode().decode() == proxy[3]
+    assert tentacle.parse_proxy(text, 'apart').password.encode() == b'apart'
+
+
+@pytest.mark.parametrize('text', ['', 'https://u:geheim@px:1', 'http://u:geheim@px:x', 'ftp://px'])
+def test_what_is_no_proxy(text):
+    with pytest.raises(tentacle.UsageError) as caught:
+        tentacle.parse_proxy(text)
+    assert 'geheim' not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    'host, no_proxy, exempt',
+    [
+        ('a.b.c', 'x, b.c', True),
+        ('a.b.c', '.b.c', True),
+        ('b.c', '.b.c', True),
+        ('A.B.c', '*.b.C', True),
+        ('ab.c', 'b.c', False),
+        ('any', '*', True),
+        ('10.1.2.3', '10.0.0.0/8', True),
+        ('10.1.2.3', '11.0.0.0/8 10.1.2.3', True),
+        ('10.1.2.3', '3,1.2.3', False),
+        ('::1', '::1', True),
+        ('fe80::1', 'fe80::/10', True),
+        ('h', 'h:443', True),
+        ('h', 'h:80', False),
+        ('h', '', False),
+    ],
+)
+def test_no_proxy(host, no_proxy, exempt):
+    uri = 'https://%s:443/' % ('[%s]' % host if ':' in host else host)
+    environment = {'HTTPS_PROXY': 'http://px:3128', 'no_proxy': no_proxy}
+    assert (tentacle.proxy_of_environment(uri, environment) is None) == exempt
+
+
+def test_the_environments_proxy():
+    environment = {'https_proxy': 'http://a:1', 'HTTPS_PROXY': 'http://b:1', 'ALL_PROXY': 'c:1'}
+    for name in ('a', 'b', 'c'):
+        assert tentacle.proxy_of_environment('https://h:1/', environment).host == name
+        environment.pop(next(iter(environment)))
+    assert tentacle.proxy_of_environment('https://h:1/', environment) is None
+
+
+def test_the_originals_connect_request():
+    bare = PROXY._replace(user='', password=tentacle.Secret())
+    assert tentacle._connect_request(bare, 'h:1') == b'CONNECT h:1 HTTP/1.0\r\nHost: h:1\r\n\r\n'
+    credentials = base64.b64encode(b'us er:geheim')
+    assert (
+        tentacle._connect_request(PROXY, 'h:1')
+        == b'CONNECT h:1 HTTP/1.0\r\nHost: h:1\r\nProxy-Authorization: Basic %s\r\n\r\n'
+        % credentials
+    )
+
+
+@pytest.mark.parametrize(
+    'answer, words',
+    [
+        (b'HTTP/1.0 407 Auth\r\n\r\n', 'refuses user us er'),
+        (b'HTTP/1.1 403 No\r\nX: y\r\n\r\n', 'does not allow CONNECT to h:1'),
+        (b'HTTP/1.1 502 Bad\r\n\r\n', 'can not reach h:1'),
+        (b'HTTP/1.1 500 Oh\r\n\r\n', 'status 500'),
+        (b'<html>welcome</html>', 'no HTTP proxy'),
+        (b'HTTP/9 nonsense\r\n\r\n', 'HTTP/9 nonsense'),
+        (b'HTTP/1.0 200 OK\r\n' + b'X: y\r\n' * 9999, 'no HTTP proxy'),
+        (b'', 'closes the connection without an answer'),
+        (None, 'does not answer CONNECT'),
+    ],
+)
+def test_proxies_that_refuse(answer, words):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        if answer is not None:
+            theirs.sendall(answer)
+            theirs.shutdown(socket.SHUT_WR)
+        limits = LIMITS._replace(connect=0.2)
+        with pytest.raises(tentacle.NotDelivered, match=words) as caught:
+            tentacle._open_tunnel(ours, PROXY, 'h:1', limits)
+    assert 'px:3128' in str(caught.value) and 'geheim' not in str(caught.value)
+
+
+@pytest.mark.parametrize('head', [b'HTTP/1.0 200 OK\r\n\r\n', b'HTTP/1.1 200 x\r\nA: b\r\n\r\n'])
+def test_a_tunnel_begins_right_behind_the_blank_line(head):
+    ours, theirs = socket.socketpair()
+    with ours, theirs:
+        theirs.sendall(head + b'\r\nfirst')
+        tentacle._open_tunnel(ours, PROXY, 'h:1', LIMITS)
+        assert ours.recv(100) == b'\r\nfirst'
+
+
 # ---- 7. BSON -------------------------------------------------------------------------------------
 
 
@@ -1806,6 +1914,10 @@ def response_bytes(result=None, request_id='x', **members):
 IDENTIFIED = b'MX-SERVER 1.0\r\n\r\n'
 
 
+def answering_nothing(request, answer):
+    answer(tentacle.Response(request.id))
+
+
 def test_what_a_client_writes(tmp_path):
     stream = ScriptedStream(
         IDENTIFIED + response_bytes('a') + b'\r\n\r\nPROCEED\r\n' + response_bytes('b'), 3
@@ -1835,9 +1947,9 @@ def test_what_a_service_writes(tmp_path):
     stream = ScriptedStream(b'MX-CLIENT 1.0\r\n\r\n' + requests)
     seen = []
 
-    def handle(request):
+    def handle(request, answer):
         seen.append(request.params)
-        return tentacle.Response(request.id, 'done')
+        answer(tentacle.Response(request.id, 'done'))
 
     tentacle.MessageExchange(stream, str(tmp_path)).as_server(handle)
     answer = tentacle.pack_message(
@@ -1863,7 +1975,7 @@ def test_what_a_service_writes(tmp_path):
 def test_a_service_hears_only_what_is_legal(tmp_path, data):
     exchange = tentacle.MessageExchange(ScriptedStream(data), str(tmp_path))
     with pytest.raises((tentacle.ProtocolError, tentacle.ConnectionLost)):
-        exchange.as_server(lambda request: tentacle.Response(request.id))
+        exchange.as_server(answering_nothing)
 
 
 def stream_bytes(stream_id, content, length=None, closing=None):
@@ -1890,12 +2002,12 @@ def test_data_streams_both_ways(tmp_path, size):
 
     got = []
 
-    def handle(request):
+    def handle(request, answer):
         with request.params[1].open() as file:
             got.append(file.read())
         with pytest.raises(tentacle.ProtocolError, match='once'):
             request.params[1].open()
-        return tentacle.Response(request.id)
+        answer(tentacle.Response(request.id))
 
     reader = ScriptedStream(b'MX-CLIENT 1.0\r\n\r\n' + wire + b'END\r\n', 100000)
     tentacle.MessageExchange(reader, str(tmp_path)).as_server(handle)
@@ -1927,9 +2039,7 @@ def upload_request(length, stream_id=GUID):
 def test_lying_data_streams(tmp_path, data, words):
     stream = ScriptedStream(b'MX-CLIENT 1.0\r\n\r\n' + data)
     with pytest.raises((tentacle.ProtocolError, tentacle.ConnectionLost), match=words):
-        tentacle.MessageExchange(stream, str(tmp_path)).as_server(
-            lambda request: tentacle.Response(request.id)
-        )
+        tentacle.MessageExchange(stream, str(tmp_path)).as_server(answering_nothing)
 
 
 def test_a_source_that_shrinks_ends_the_connection(tmp_path):
@@ -3368,11 +3478,11 @@ def test_data_streams_in_another_order(tmp_path):
     for order in (wire, wire[::-1]):
         got = []
 
-        def handle(request):
+        def handle(request, answer):
             for stream in request.params:
                 with stream.open() as file:
                     got.append(file.read())
-            return tentacle.Response(request.id)
+            answer(tentacle.Response(request.id))
 
         data = b'MX-CLIENT 1.0\r\n\r\n' + request + b''.join(order) + b'END\r\n'
         tentacle.MessageExchange(ScriptedStream(data), str(tmp_path)).as_server(handle)
@@ -3386,9 +3496,9 @@ def test_a_stream_that_is_read_in_part_is_read_past(tmp_path):
     data = request_bytes('s', 'm', stream) + stream_bytes(stream.id, content)
     seen = []
 
-    def handle(request):
+    def handle(request, answer):
         seen.append(len(request.params[0].open().read(777)))
-        return tentacle.Response(request.id)
+        answer(tentacle.Response(request.id))
 
     data = b'MX-CLIENT 1.0\r\n\r\n' + data + b'NEXT\r\n' + data + b'END\r\n'
     tentacle.MessageExchange(ScriptedStream(data), str(tmp_path)).as_server(handle)
@@ -3667,6 +3777,344 @@ def test_nothing_wakes_up_when_nothing_happens(shared_agent, client):
     eventually(still, 15)
 
 
+# ---- 16. Polling ---------------------------------------------------------------------------------
+
+
+def test_the_back_off():
+    back_off = tentacle.BackOff(LIMITS, lambda: 0.5)
+    assert [back_off.failed(now) for now in (100, 105, 120, 160, 1000)] == [5, 7.5, 30, 90, 120]
+    back_off.succeeded()
+    assert back_off.failed(1000) == 5
+
+
+@contextlib.contextmanager
+def polled(tmp_path, keys, **limits):
+    """A server in this process that `keys['agent']` may poll."""
+    server = tentacle.PollingServer(
+        keys['server'],
+        lambda: frozenset([keys['agent'].thumbprint]),
+        port=0,
+        limits=LIMITS._replace(**limits),
+    )
+    server.start()
+    try:
+        yield server
+    finally:
+        server.stop()
+
+
+@contextlib.contextmanager
+def polling(tmp_path, keys, port, host='127.0.0.1', proxy=None, connections=1, **limits):
+    """A polling tentacle in this process, of subscription poll://one/."""
+    agent = tentacle.PollingTentacle(
+        str(tmp_path / 'agent'),
+        keys['agent'],
+        lambda: frozenset([keys['server'].thumbprint]),
+        ['https://%s:%d/' % (host, port)],
+        'poll://One',
+        connections,
+        lambda uri: proxy,
+        limits=LIMITS._replace(**limits),
+    )
+    agent.start()
+    try:
+        yield agent
+    finally:
+        agent.stop()
+
+
+ONE = tentacle.ServiceEndPoint('poll://one/')
+
+
+@contextlib.contextmanager
+def a_proxy(tmp_path, user=None):
+    """tinyproxy; skips where there is none."""
+    program = shutil.which('tinyproxy')
+    if not program:
+        pytest.skip('tinyproxy is not installed')
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        port = server.getsockname()[1]
+    lines = ['Port %d' % port, 'Listen 127.0.0.1', 'Timeout 600', 'MaxClients 50']
+    if user:
+        lines.append('BasicAuth %s %s' % user)
+    (tmp_path / 'proxy.conf').write_text('\n'.join(lines) + '\n')
+    process = subprocess.Popen(
+        [program, '-d', '-c', str(tmp_path / 'proxy.conf')],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.DEVNULL,
+    )
+
+    def answers():
+        with contextlib.suppress(OSError):
+            socket.create_connection(('127.0.0.1', port)).close()
+            return True
+
+    try:
+        eventually(answers)
+        yield tentacle.Proxy(
+            '127.0.0.1', port, *((user[0], tentacle.Secret(user[1])) if user else ())
+        )
+    finally:
+        process.terminate()
+        process.wait()
+
+
+@pytest.mark.parametrize('way', ['straight', 'IPv6', 'proxy', 'proxy with password'])
+def test_scripts_and_files_over_polling(tmp_path, keys, way):
+    with contextlib.ExitStack() as stack:
+        server = stack.enter_context(polled(tmp_path, keys))
+        proxy = None
+        if 'proxy' in way:
+            user = ('me', 'geheim') if 'password' in way else None
+            proxy = stack.enter_context(a_proxy(tmp_path, user))
+        host = '[::1]' if way == 'IPv6' else '127.0.0.1'
+        stack.enter_context(polling(tmp_path, keys, server.port, host, proxy))
+        client = stack.enter_context(server.client(ONE))
+        lines = []
+        assert client.run_script('echo out; echo err >&2; exit 7', lines.append) == 7
+        result = tentacle.ScriptResult(7, lines)
+        assert (result.stdout, result.stderr) == ('out\n', 'err\n')
+        content = os.urandom(3 << 20)
+        client.upload(io.BytesIO(content), str(tmp_path / 'file'))
+        assert open_bytes(str(tmp_path / 'file')) == content
+        target = io.BytesIO()
+        client.download(str(tmp_path / 'file'), target)
+        assert target.getvalue() == content
+        with pytest.raises(tentacle.ServiceError, match='directory'):
+            upload(client, tmp_path, bytes(100000))
+        assert download(client, tmp_path / 'missing') is None
+        (connection,) = server.connections()
+        assert connection.subscription == 'poll://one/'
+        assert connection.thumbprint == keys['agent'].thumbprint
+
+
+def test_many_connections_drain_one_queue(tmp_path, keys):
+    with polled(tmp_path, keys) as server, polling(tmp_path, keys, server.port, connections=5):
+        eventually(lambda: len(server.connections()) == 5)
+        ran = []
+
+        def run(number):
+            with server.client(ONE) as client:
+                client.run_script('echo %d' % number, lambda line: None)
+                ran.append(number)
+
+        in_threads(run, range(20))
+        assert sorted(ran) == list(range(20))
+
+
+def test_null_requests_keep_a_connection(tmp_path, keys):
+    with polled(tmp_path, keys, keep_alive=0.05) as server:
+        with polling(tmp_path, keys, server.port):
+            (first,) = eventually(server.connections)
+            eventually(lambda: server.connections()[0].last_seen > first.since + 0.3)
+            assert server.connections()[0].since == first.since
+
+
+def test_a_call_that_nobody_fetches(tmp_path, keys):
+    with polled(tmp_path, keys) as server:
+        with server.client(ONE._replace(queue_timeout=0.1)) as client:
+            with pytest.raises(tentacle.NotDelivered, match='has not polled'):
+                client.capabilities()
+        with polling(tmp_path, keys, server.port):
+            eventually(server.connections)
+            pinned = ONE._replace(queue_timeout=0.1, thumbprint='0' * 40)
+            with server.client(pinned) as client:  # never handed to another
+                with pytest.raises(tentacle.NotDelivered, match='pinned is'):
+                    client.capabilities()
+            with server.client(pinned._replace(thumbprint=keys['agent'].thumbprint)) as client:
+                assert client.capabilities()
+
+
+def test_a_subscription_is_its_tentacles_own(tmp_path, keys):
+    trusted = frozenset([keys['agent'].thumbprint, keys['other'].thumbprint])
+    server = tentacle.PollingServer(keys['server'], lambda: trusted, port=0)
+    server.start()
+
+    def polls(name):
+        sock = dial(server.port, keys[name])
+        sock.sendall(b'MX\n\nMX-SUBSCRIBER 1.0 poll://one/\r\n\r\n')
+        return sock, sock.recv(100)
+
+    first, answer = polls('agent')
+    assert answer == IDENTIFIED
+    again, answer = polls('agent')
+    assert answer == IDENTIFIED
+    intruder, answer = polls('other')
+    assert answer == b''
+    for sock in (first, again, intruder):
+        sock.close()
+    server.stop()
+
+
+def test_a_server_that_is_not_trusted_gets_no_byte(tmp_path, keys, caplog):
+    with polled(tmp_path, keys) as server:
+        agent = tentacle.PollingTentacle(
+            str(tmp_path / 'agent'),
+            keys['agent'],
+            lambda: frozenset(['0' * 40]),
+            ['https://127.0.0.1:%d/' % server.port],
+            'poll://one/',
+        )
+        assert agent.run_once(5) is False
+        assert server.connections() == []
+    assert 'configure --trust ' + keys['server'].thumbprint in caplog.text
+
+
+def test_a_lost_connection_is_dialled_again(tmp_path, keys):
+    with polled(tmp_path, keys) as server:
+        with Forwarder(server.port, lambda number: number == 1 and ('cut', False, 3000)) as between:
+            with polling(tmp_path, keys, between.port, least_back_off=0.05) as agent:
+                with server.client(ONE) as client:
+                    results = []
+                    while between.connections < 2:
+                        with contextlib.suppress(tentacle.ConnectionLost):
+                            results.append(client.call('ICapabilitiesServiceV2', 'GetCapabilities'))
+                    assert client.capabilities()
+            assert agent.servers
+
+
+def test_dial_now(tmp_path, keys):
+    """What SIGHUP does: the back-off ends."""
+    with socket.create_server(('127.0.0.1', 0)) as place:
+        port = place.getsockname()[1]
+    with polling(tmp_path, keys, port) as agent:
+        server = None
+        for _ in range(2):
+            eventually(lambda: agent._changed._waiters)
+            if server is None:
+                server = tentacle.PollingServer(
+                    keys['server'], lambda: frozenset([keys['agent'].thumbprint]), port=port
+                )
+                server.start()
+                agent.dial_now()
+                eventually(server.connections, 4)  # the back-off alone takes 5 s
+                break
+    server.stop()
+
+
+def test_once_does_all_work_and_leaves(tmp_path, keys):
+    with polled(tmp_path, keys, keep_alive=0.2) as server:
+        agent = tentacle.PollingTentacle(
+            str(tmp_path / 'agent'),
+            keys['agent'],
+            lambda: frozenset([keys['server'].thumbprint]),
+            ['https://127.0.0.1:%d/' % server.port],
+            'poll://one/',
+        )
+        ended = []
+        with server.client(ONE) as client:
+            thread = threading.Thread(
+                target=lambda: ended.append(
+                    client.run_script('sleep 1; echo done', lambda line: None)
+                )
+            )
+            thread.start()
+            assert agent.run_once() is True
+            thread.join()
+        assert ended == [0]
+        assert os.listdir(str(tmp_path / 'agent' / 'Work')) == []
+
+
+def test_what_max_time_leaves_is_taken_up_by_the_next(tmp_path, keys):
+    def agent():
+        return tentacle.PollingTentacle(
+            str(tmp_path / 'agent'),
+            keys['agent'],
+            lambda: frozenset([keys['server'].thumbprint]),
+            ['https://127.0.0.1:%d/' % server.port],
+            'poll://one/',
+        )
+
+    with polled(tmp_path, keys, keep_alive=0.2) as server:
+        lines, codes = [], []
+        with server.client(ONE) as client:
+            body = 'echo begin; sleep 3; echo end'
+            thread = threading.Thread(
+                target=lambda: codes.append(client.run_script(body, lines.append))
+            )
+            thread.start()
+            assert agent().run_once(1) is True
+            assert codes == []
+            assert agent().run_once() is True
+            thread.join()
+        assert codes == [0]
+        assert [line.text for line in lines if not line.remark] == ['begin', 'end']
+
+
+@contextlib.contextmanager
+def serving(home, *arguments):
+    """`tentacle.py serve` as a process; its port."""
+    process = subprocess.Popen(
+        [sys.executable, PROGRAM, 'serve', '--home', str(home), '--port', '0'] + list(arguments),
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+    )
+    try:
+        line = process.stdout.readline().decode()
+        yield int(line.rpartition(':')[2])
+    finally:
+        process.terminate()
+        assert process.wait(20) == 0
+        process.stdout.close()
+
+
+def test_serve_and_poll_as_commands(tmp_path, keys):
+    home, agent_home = tmp_path / 'server', tmp_path / 'agent'
+    ours = cli('show-thumbprint', home=home)[1]
+    theirs = cli('show-thumbprint', home=agent_home)[1]
+    assert cli('trust', 'poll://One/', theirs, home=home)[0] == 0
+    code, _, err = cli('exec', 'one', '--', 'x', home=home)
+    assert code == 1 and 'start' in err and 'serve' in err
+    with serving(home) as port:
+        url = 'https://127.0.0.1:%d/' % port
+        poll = ['poll', url, '--trust', ours, '--subscription', 'poll://one/', '--once']
+        agent = subprocess.Popen(
+            [sys.executable, PROGRAM] + poll + ['--max-time', '60', '--home', str(agent_home)],
+            stderr=subprocess.DEVNULL,
+        )
+        try:
+            assert cli('exec', 'one', '--', 'echo hi; exit 3', home=home) == (3, 'hi\n', '')
+            assert cli(*poll, home=agent_home)[0] == 75
+            (tmp_path / 'in').write_bytes(b'content')
+            place = 'poll://one/:%s' % (tmp_path / 'out')
+            assert cli('upload', str(tmp_path / 'in'), place, home=home)[0] == 0
+            assert cli('download', place, '-', home=home)[1] == 'content'
+            code, out, _ = cli('targets', home=home)
+            assert code == 0 and 'poll://one/  ' + theirs in out and '127.0.0.1:' in out
+            code, _, err = cli('serve', '--port', '0', home=home)
+            assert code == 1 and 'runs already' in err
+            with dial(port) as browser:
+                browser.sendall(b'GET / HTTP/1.1\r\n\r\n')
+                assert b'200 OK' in received(browser)
+        finally:
+            agent.terminate()
+            agent.wait()
+    assert cli(*poll, home=agent_home)[0] == 1  # nobody there
+
+
+def test_exec_that_opens_the_port_itself(tmp_path, keys):
+    home = tmp_path / 'server'
+    cli('show-thumbprint', home=home)
+    tentacle.Targets(str(home)).pin('one', ONE._replace(thumbprint=keys['agent'].thumbprint))
+    identity = tentacle.load_identity(str(home / 'tentacle.pem'))
+    with socket.create_server(('127.0.0.1', 0)) as place:
+        port = place.getsockname()[1]
+    agent = tentacle.PollingTentacle(
+        str(tmp_path / 'agent'),
+        keys['agent'],
+        lambda: frozenset([identity.thumbprint]),
+        ['https://127.0.0.1:%d/' % port],
+        'poll://one/',
+        limits=LIMITS._replace(least_back_off=0.1),
+    )
+    agent.start()
+    try:
+        done = cli('exec', 'one', '--listen-for-polling', str(port), '--', 'echo hi', home=home)
+        assert done[:2] == (0, 'hi\n')
+    finally:
+        agent.stop()
+
+
 # ---- 17. Dispatcher ------------------------------------------------------------------------------
 
 
@@ -3850,16 +4298,11 @@ def test_exec_drives_the_original(tmp_path, keys, name, code, out, err):
         assert cli('exec', target, '--', 'echo x', home=home) == (code, out, err)
 
 
-def test_a_tentacle_without_the_newer_service_is_driven_by_the_older(keys, tmp_path, monkeypatch):
-    monkeypatch.setattr(
-        tentacle,
-        'tentacle_services',
-        lambda home, scripts, limits: tentacle.ServiceRegistry(
-            {'IScriptService': tentacle.ScriptService(scripts)}
-        ),
-    )
+def test_a_tentacle_without_the_newer_service_is_driven_by_the_older(keys, tmp_path):
     lines = []
     with listening(tmp_path, keys['agent'], [keys['server'].thumbprint]) as agent:
+        older = {'IScriptService': tentacle.ScriptService(agent._services.scripts)}
+        agent._services.handle = tentacle.ServiceRegistry(older).handle
         endpoint = tentacle.ServiceEndPoint(
             'https://127.0.0.1:%d/' % agent.port, keys['agent'].thumbprint
         )
@@ -4091,7 +4534,7 @@ def test_a_failed_download_leaves_the_old_file(dispatcher, shared_agent, tmp_pat
         code, _, err = cli('download', '%s:%s' % (through, tmp_path / 'source'), mine, home=home)
     assert code == 1 and 'closed the connection' in err or 'broke' in err
     assert open_bytes(mine) == b'old'
-    assert sorted(os.listdir(str(tmp_path))) == ['mine', 'source']
+    assert sorted(os.listdir(str(tmp_path))) == ['dispatcher', 'mine', 'source']
 
 
 @pytest.mark.parametrize('to_server', [True, False])
@@ -4157,7 +4600,7 @@ def test_a_bar_on_a_terminal(dispatcher, shared_agent, tmp_path, columns):
         command = [sys.executable, PROGRAM, 'download', '--home', home, place, os.devnull]
         code, shown = on_terminal(command, columns, COLUMNS='')
     assert code == 0
-    bars = re.findall(r'[^\r\n]*\d+%  [\d.]+ MB of 3.1 MB  [\d.]+ .B/s  \d+:\d\d left', shown)
+    bars = re.findall(r'[^\r\n]* MB of 3.1 MB  [\d.]+ .B/s  \d+:\d\d left', shown)
     assert bars and all(len(bar) < columns for bar in bars)
     assert shown.rstrip().splitlines()[-1].rpartition('\r')[2].startswith('Downloaded from')
 
@@ -4429,7 +4872,7 @@ def test_a_tentacle_that_does_not_trust_us(shared_agent, tmp_path):
         (['trust', 'a b'], 2, 'is not a target'),
         (['exec', 'host'], 2, '--script FILE'),
         (['exec', 'host', '--script', '/no/such/script'], 2, 'can not be read'),
-        (['exec', 'poll://x/', '--', 'true'], 2, 'polling'),
+        (['exec', 'poll://x/', '--', 'true'], 1, 'no server runs'),
         (['exec', 'host.invalid', '--', 'true'], 1, 'trust --home'),
         (['trust', 'host.invalid'], 1, 'does not resolve'),
         (['trust', 'localhost:1'], 1, 'refuses connections'),
