@@ -3,9 +3,11 @@
 """tentacle.py - an Octopus Tentacle in one Python file that needs nothing but Python.
 
 Copied to a host, it lets a deployment server (an Octopus Server as it is, or this same file as the
-dispatcher) run scripts there. Both sides know each other by the thumbprint of their certificate.
+dispatcher) run scripts and move files there. Both sides know each other by the thumbprint of their
+certificate.
 
     python3 tentacle.py listen --trust THUMBPRINT       on the host
+    python3 tentacle.py poll https://server:10943/ --trust THUMBPRINT        or this
     python3 tentacle.py exec host -- uptime             from elsewhere
 
 or from Python (`help(tentacle.run)` has an example that runs):
@@ -13,7 +15,8 @@ or from Python (`help(tentacle.run)` has an example that runs):
     import tentacle
     result = tentacle.run("https://host:10933/", "echo hi", thumbprint="6D7A...EFB3")
 
-The wire (Halibut), as a byte travels; C calls, T is the listening tentacle:
+The wire (Halibut), as a byte travels; C calls, T is the listening tentacle (a polling one dials,
+says MX-SUBSCRIBER, and NEXT after each answer; a null request is the server's keep-alive):
 
     C -> T   TLS handshake, a certificate on both sides; who is not pinned gets no further
     C -> T   MX LF LF                                    "I am no browser"
@@ -25,7 +28,10 @@ The wire (Halibut), as a byte travels; C calls, T is the listening tentacle:
     T -> C   PROCEED CRLF                                then a request again
 
 Threads: the main thread waits for signals; `listener` accepts; `connection ADDRESS` (one each)
-shakes hands, reads requests and runs the services; `script TICKET` waits for the end of a script's
+shakes hands, reads requests and runs the services, or hands a polling tentacle its calls; `polling
+ADDRESS` (one a connection) does the same for a server it dials; `relay` and `relayed call` take the
+calls of other processes to a polling tentacle; `file` reads, hashes and writes a long file beside
+the thread that has the wire; `script TICKET` waits for the end of a script's
 supervisor, `mutex TICKET` for the end of a wait for the isolation mutex; `cleaner` looks for old
 workspaces every two hours. But for that none of them wakes up when nothing happens. The processes
 of a script are listed at the top of section 13.
