@@ -1364,7 +1364,7 @@ def _read_proxy_answer(sock: socket.socket, proxy: Proxy, limits: Limits) -> int
         if not byte:
             raise NotDelivered(
                 'The proxy %s closes the connection without an answer to CONNECT: is it an HTTP '
-                'proxy, may this host use it?' % proxy
+                'proxy, may this host use it?' % str(proxy)
             )
         answer += byte
         if not b'HTTP/'.startswith(answer[:5]) or len(answer) > limits.proxy_answer:
@@ -1439,7 +1439,7 @@ def dial_tls(
     try:
         if proxy is not None:
             _open_tunnel(sock, proxy, peer, limits)
-            peer += ' (through the proxy %s)' % proxy
+            peer += ' (through the proxy %s)' % str(proxy)
         sock.settimeout(limits.handshake)
         return SecureStream(context.wrap_socket(sock, server_hostname=host), peer)
     except TentacleError:
@@ -7847,6 +7847,47 @@ def _show_thumbprint(arguments: Any) -> int:
     return 0
 
 
+class _DemoProxy:
+    """The least that an HTTP proxy can be: CONNECT and bytes both ways, on loopback."""
+
+    def __init__(self) -> None:
+        self._server = socket.create_server(('127.0.0.1', 0))
+        self.port = self._server.getsockname()[1]
+        start_thread('proxy', self._accept)
+
+    def _accept(self) -> None:
+        while True:
+            try:
+                near, _ = self._server.accept()
+            except OSError:
+                return
+            start_thread('tunnel', self._tunnel, near)
+
+    def _tunnel(self, near: socket.socket) -> None:
+        with near, contextlib.suppress(OSError):
+            asked = b''
+            while not asked.endswith(b'\r\n\r\n'):
+                asked += near.recv(1)
+            host, _, port = asked.split()[1].decode().rpartition(':')
+            say('  (proxy) %s' % asked.split(b'\r\n')[0].decode())
+            with socket.create_connection((host, int(port))) as far:
+                near.sendall(b'HTTP/1.0 200 OK\r\n\r\n')
+                start_thread('tunnel', self._copy, far, near)
+                self._copy(near, far)
+
+    @staticmethod
+    def _copy(source: socket.socket, target: socket.socket) -> None:
+        with contextlib.suppress(OSError):
+            for part in iter(lambda: source.recv(1 << 16), b''):
+                target.sendall(part)
+        _hang_up(source)
+        _hang_up(target)
+
+    def close(self) -> None:
+        _hang_up(self._server)
+        self._server.close()
+
+
 class _Demo:
     """An agent and a dispatcher on loopback, each with a fresh identity, as two people would set
     them up.
@@ -7895,18 +7936,54 @@ class _Demo:
         try:
             address = self._listening_address(agent.stdout)
             say('-- The dispatcher sees the host\'s thumbprint and trusts it')
-            self._output(self._dispatcher_home, 'trust', '--yes', address)
+            self._output(self._dispatcher_home, 'trust', '--yes', '--proxy', 'none', address)
             say('-- A script runs there, its output and exit code come here')
             exit_code = subprocess.call(
-                self._command(self._dispatcher_home, 'exec', address, '--', self._SCRIPT)
+                self._command(
+                    self._dispatcher_home, 'exec', address, '--proxy', 'none', '--', self._SCRIPT
+                )
             )
             say('  exit code %d, as the script has it' % exit_code)
         finally:
             agent.terminate()
             agent.wait()
             agent.stdout.close()  # type: ignore[union-attr]
+        if exit_code == 7:
+            exit_code = self._run_polling(ours)
         say('-- Done; both homes are removed')
         return 0 if exit_code == 7 else 1
+
+    def _run_polling(self, ours: str) -> int:
+        import subprocess
+
+        say('-- Now the host dials, through an HTTP proxy, and the dispatcher is the server')
+        theirs = self._output(self._agent_home, 'show-thumbprint')
+        self._output(self._dispatcher_home, 'trust', 'poll://demo/', theirs.strip())
+        proxy = _DemoProxy()
+        commands = [self._command(self._dispatcher_home, 'serve', '--port', '0')]
+        processes = [
+            subprocess.Popen(commands[0], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL)
+        ]
+        try:
+            line = processes[0].stdout.readline().decode().strip()  # type: ignore[union-attr]
+            say('  ' + line)
+            url = 'https://localhost:%s/' % line.rpartition(':')[2]
+            through = ['--proxy', 'http://127.0.0.1:%d' % proxy.port]
+            words = ['poll', url, '--trust', ours.strip(), '--subscription', 'poll://demo/']
+            command = self._command(self._agent_home, *words, *through)
+            silent = subprocess.DEVNULL
+            processes.append(subprocess.Popen(command, stdout=silent, stderr=silent))
+            exit_code = subprocess.call(
+                self._command(self._dispatcher_home, 'exec', 'poll://demo/', '--', self._SCRIPT)
+            )
+            say('  exit code %d, as the script has it' % exit_code)
+            return exit_code
+        finally:
+            for process in processes:
+                process.terminate()
+                process.wait()
+            processes[0].stdout.close()  # type: ignore[union-attr]
+            proxy.close()
 
     def _listening_address(self, output: Any) -> str:
         for line in output:
