@@ -28,13 +28,13 @@ says MX-SUBSCRIBER, and NEXT after each answer; a null request is the server's k
     T -> C   PROCEED CRLF                                then a request again
 
 Threads: the main thread waits for signals; `listener` accepts; `connection ADDRESS` (one each)
-shakes hands, reads requests and runs the services, or hands a polling tentacle its calls; `polling
-ADDRESS` (one a connection) does the same for a server it dials; `relay` and `relayed call` take the
-calls of other processes to a polling tentacle; `file` reads, hashes and writes a long file beside
-the thread that has the wire; `script TICKET` waits for the end of a script's
-supervisor, `mutex TICKET` for the end of a wait for the isolation mutex; `cleaner` looks for old
-workspaces every two hours. But for that none of them wakes up when nothing happens. The processes
-of a script are listed at the top of section 13.
+shakes hands, reads requests and runs the services, or hands a polling tentacle its calls; `idle
+connections` waits for those polling tentacles that have none; `polling ADDRESS` (one a connection)
+is the service of a server it dials; `relay` and `relayed call` take the calls of other processes to
+a polling tentacle; `file` reads, hashes and writes a long file beside the thread that has the wire;
+`script TICKET` waits for the end of a script's supervisor, `mutex TICKET` for the end of a wait for
+the isolation mutex; `cleaner` looks for old workspaces every two hours. But for that none of them
+wakes up when nothing happens. The processes of a script are listed at the top of section 13.
 
 Sections, in the order of the file; a definition uses only what stands above it:
 
@@ -86,8 +86,10 @@ import base64
 import codecs
 import contextlib
 import errno
+import functools
 import hashlib
 import io
+import itertools
 import json
 import logging
 import random
@@ -219,6 +221,7 @@ class Limits(NamedTuple):
     response: float = 300.0  # a caller's wait for the first byte of an answer (wire notes 2)
     request: float = 60.0  # a polling tentacle's wait for a request: null comes after 30 (notes 2)
     keep_alive: float = 30.0  # a server's wait for work, then it sends null (wire notes 2)
+    linger: float = 1.0  # a server's thread stays with a connection for its next call
     queue: float = 120.0  # a call's wait for its tentacle to poll, where its caller sets no other
     least_back_off: float = 5.0  # between two dials of a polling tentacle (wire notes 2)
     most_back_off: float = 120.0
@@ -891,6 +894,7 @@ class SocketStream:
         self._sock = sock
         self._leftover = b''
         self._deadline: Optional[float] = None
+        self.on_close: Callable[[], None] = lambda: None
 
     def fileno(self) -> int:
         """For `selectors`."""
@@ -1016,12 +1020,25 @@ class SocketStream:
             selector.register(self._sock, selectors.EVENT_READ)
             return bool(selector.select(0))
 
+    def has_line(self) -> bool:
+        """Whether a whole control line came, or the end; never waits."""
+        self._sock.settimeout(0)
+        try:
+            some = self._sock.recv(4096)
+        except (BlockingIOError, ssl.SSLWantReadError):
+            return False
+        except OSError as error:
+            raise self._lost(error)
+        self._leftover += some
+        return not some or b'\r\n' in self._leftover
+
     def hang_up(self) -> None:
         """End the connection under whoever waits for it. Any thread may call."""
         _hang_up(self._sock)
 
     def close(self) -> None:
         self._sock.close()
+        self.on_close()
 
 
 class SecureStream(SocketStream):
@@ -1051,7 +1068,7 @@ class SecureStream(SocketStream):
             self._sock.unwrap()  # type: ignore[attr-defined]
         except (OSError, ValueError):
             pass  # the peer's goodbye has not come: no matter
-        self._sock.close()
+        super().close()
 
 
 class PinningAcceptor:
@@ -1083,6 +1100,7 @@ class PinningAcceptor:
         # A resumed session carries no certificate message, so there are none.
         context.options |= ssl.OP_NO_TICKET
         context.num_tickets = 0
+        in_store = set()
         if ssl.OPENSSL_VERSION_INFO >= (3, 2):
             context.options |= _OP_NO_RX_CERTIFICATE_COMPRESSION
 
@@ -1094,8 +1112,9 @@ class PinningAcceptor:
             certificate = _certificate_of_message(body, version)
             if certificate:
                 connection.seen_thumbprint = thumbprint_of(certificate)
-                if is_pinned(certificate, self._trusted()):
+                if certificate not in in_store and is_pinned(certificate, self._trusted()):
                     _add_to_store(context, certificate)
+                    in_store.add(certificate)
 
         context._msg_callback = see
         return context
@@ -1420,6 +1439,15 @@ def _open_tunnel(sock: socket.socket, proxy: Proxy, target: str, limits: Limits)
     raise NotDelivered('The proxy %s %s' % (proxy, reason))
 
 
+@functools.lru_cache(maxsize=4)
+def _client_context(identity: Identity) -> ssl.SSLContext:
+    """Kept, since to make one takes as long as to shake hands."""
+    context = _tls_context(ssl.PROTOCOL_TLS_CLIENT, identity)
+    context.check_hostname = False
+    context.verify_mode = ssl.CERT_NONE
+    return context
+
+
 def dial_tls(
     uri: str, identity: Identity, limits: Limits = LIMITS, proxy: Optional[Proxy] = None
 ) -> SecureStream:
@@ -1433,9 +1461,7 @@ def dial_tls(
         sock = _dial(host, port, 'tentacle or a server', limits)
     else:
         sock = _dial(proxy.host, proxy.port, 'proxy', limits)
-    context = _tls_context(ssl.PROTOCOL_TLS_CLIENT, identity)
-    context.check_hostname = False
-    context.verify_mode = ssl.CERT_NONE
+    context = _client_context(identity)
     try:
         if proxy is not None:
             _open_tunnel(sock, proxy, peer, limits)
@@ -2732,7 +2758,12 @@ class IncomingStreams:
             require_room(folder, length, self._limits)
             file = tempfile.TemporaryFile(dir=folder)
         self._kept[stream_id] = file
-        pump(self._reader, file.write, length)
+        try:
+            pump(self._reader, file.write, length)
+        except BaseException:
+            for kept in self._kept.values():  # nobody will have them
+                kept.close()
+            raise
         file.seek(0)
 
     def keep_all(self) -> None:
@@ -2993,32 +3024,30 @@ class MessageExchange:
                 raise ConnectionLost('%s has closed the connection' % self.stream.peer)
             self._conversation.advance(answer)
 
-    def as_caller(
-        self,
-        subscribe: Callable[[str], None],
-        next_call: Callable[[float], Optional[Callable[['MessageExchange'], None]]],
-    ) -> None:
-        """Be the client of a polling service that dialled us, until it leaves.
+    def accept_subscriber(self, subscribe: Callable[[str], None]) -> None:
+        """Let a polling service that dialled us identify itself; we are its client from now on.
 
-        `subscribe` gets its subscription, and raises TentacleError to refuse it. `next_call` waits
-        some seconds for work, which it gives as a function that uses `call`, or None. Raises
+        `subscribe` gets its subscription, and raises TentacleError to refuse it. Raises
         ConnectionLost, ProtocolError.
         """
         subscribe(self._accept(SUBSCRIBER))
         self._identify_as_server()
-        while True:
-            work = next_call(self._limits.keep_alive)
-            self.stream.set_timeout(self._limits.progress)
-            if work is not None:
-                work(self)
-            else:
-                self._conversation.advance(KEEP_ALIVE)
-                self.stream.write(NULL_MESSAGE)
-            word = self._read_control() or END
-            self._conversation.advance(word)
-            if word == END:
-                return
-            self._write_control(PROCEED)
+
+    def send_null(self) -> None:
+        """Such a client's request when it has no call; `asks_for_more` comes next."""
+        self._conversation.advance(KEEP_ALIVE)
+        self.stream.write(NULL_MESSAGE)
+
+    def asks_for_more(self) -> bool:
+        """Whether such a service goes on after its answer, which it is told that it may. Raises
+        ConnectionLost, ProtocolError.
+        """
+        word = self._read_control() or END
+        self._conversation.advance(word)
+        if word == END:
+            return False
+        self._write_control(PROCEED)
+        return True
 
     def _serve_one(self, message: Any, handle: Handler, control: str = '') -> None:
         request, streams = request_from_message(message)
@@ -4821,7 +4850,7 @@ def welcome_answer(identity: Identity, is_polled: bool) -> bytes:
 
 class SecureListener(socketserver.TCPServer):
     """Accepts TLS connections on IPv4 and IPv6, and gives those of pinned peers that say MX to
-    `serve`.
+    `serve`, which closes them, then or later.
 
     Who is not pinned costs one thread until its handshake fails or its time is over, and when too
     many of these strangers wait, the oldest goes: a pinned peer always gets through. `port` is the
@@ -4938,7 +4967,11 @@ class SecureListener(socketserver.TCPServer):
             crowded = len(self._strangers) > self._max_strangers
         if crowded:
             self._drop_oldest_stranger()
-        start_thread('connection ' + peer, self._connection, sock, peer)
+        try:
+            start_thread('connection ' + peer, self._connection, sock, peer)
+        except BaseException:
+            self._ended(sock)
+            raise
 
     def handle_error(self, request: Any, client_address: Any) -> None:
         logger.info(
@@ -4963,11 +4996,27 @@ class SecureListener(socketserver.TCPServer):
     # -- the thread of a connection
 
     def _connection(self, sock: ssl.SSLSocket, peer: str) -> None:
-        try:
+        with self.reporting(peer):
             stream = self._meet(sock, peer)
             if stream is not None and self._welcome(sock, peer):
                 logger.info('%s: connected, thumbprint %s', peer, stream.thumbprint)
+                stream.on_close = lambda: self._ended(sock)
                 self._serve(stream)
+                return
+        self._ended(sock)
+
+    def _ended(self, sock: socket.socket) -> None:
+        with self._lock:
+            self._strangers.pop(sock, None)
+            self._peers.pop(sock, None)
+            sock.close()
+            self._none_left.notify_all()
+
+    @contextlib.contextmanager
+    def reporting(self, peer: str) -> Iterator[None]:
+        """Whatever ends a connection within is told of here, and ends nothing else."""
+        try:
+            yield
         except UntrustedThumbprint as error:
             logger.warning(
                 '%s: refused, %s. To trust it: %s %s',
@@ -4982,12 +5031,6 @@ class SecureListener(socketserver.TCPServer):
             logger.warning('%s: closed, it does not keep to the protocol: %s', peer, error)
         except Exception:  # a bug; this connection ends, the listener lives
             logger.exception('%s: closed by a bug', peer)
-        finally:
-            with self._lock:
-                self._strangers.pop(sock, None)
-                self._peers.pop(sock, None)
-                sock.close()
-                self._none_left.notify_all()
 
     def _meet(self, sock: ssl.SSLSocket, peer: str) -> Optional[SecureStream]:
         """Handshake and greeting, all within the time for it; the stream of a pinned peer that said
@@ -5862,74 +5905,40 @@ class PolledConnection(NamedTuple):
     last_seen: float
 
 
+class _Poller:
+    """A connection of a polling tentacle to our server. All but the exchange is under its lock."""
+
+    def __init__(self, exchange: MessageExchange, stream: SecureStream):
+        self.exchange = exchange
+        self.stream = stream
+        self.subscription: Any = None
+        self.since = self.last_seen = time.time()
+        self.is_asked = False  #: it has a null request, and is to say NEXT
+
+    def fileno(self) -> int:
+        """For `selectors`."""
+        return self.stream.fileno()
+
+
 class _Subscription:
-    """The calls for one subscription, first in, first out, for any number of connections."""
+    """The calls for one subscription, first in, first out, for any number of connections. All of it
+    is under the server's lock.
+    """
 
-    def __init__(self, uri: str):
+    def __init__(self, uri: str, lock: Any):
         self.uri = uri
-        self.connections: Dict[SecureStream, List[float]] = {}  # to [since, last seen]
+        self.pollers: List[_Poller] = []
+        self.lingering = 0  #: of the pollers, those whose thread waits for `queued`
+        self.calls: List[_PendingCall] = []
+        self.queued = threading.Condition(lock)
         self.last_seen: Optional[float] = None
-        self._calls: List[_PendingCall] = []
-        self._changed = threading.Condition()
-        self._closed = False
 
-    def put(self, call: _PendingCall) -> None:
-        with self._changed:
-            self._calls.append(call)
-            self._changed.notify()
-
-    def next_call(self, stream: SecureStream, seconds: float) -> Optional[_PendingCall]:
-        """The next call for a connection, or None when none comes in that time.
-
-        Raises ConnectionLost when the tentacle has left meanwhile, which then loses no call.
-        """
-        deadline = time.monotonic() + seconds
-        with self._changed:
-            while True:
-                if self._closed:
-                    raise ConnectionLost('the server for polling tentacles was stopped')
-                call = self._first_for(stream)
-                if call is None:
-                    left = deadline - time.monotonic()
-                    if left <= 0:
-                        return None
-                    self._changed.wait(left)
-                elif stream.has_more():
-                    self._changed.notify()  # it is for another one
-                    raise ConnectionLost('%s has closed the connection' % stream.peer)
-                else:
-                    self._calls.remove(call)
-                    if call.outcome.set_running_or_notify_cancel():
-                        return call
-
-    def _first_for(self, stream: SecureStream) -> Optional[_PendingCall]:
-        for call in self._calls:
-            if call.outcome.cancelled() or call.thumbprint is None:
-                return call
-            if is_pinned(stream.certificate, [call.thumbprint]):
+    def first_call_for(self, stream: SecureStream) -> Optional[_PendingCall]:
+        """The first call that a connection may have: a pinned thumbprint must be its own."""
+        for call in self.calls:
+            if call.thumbprint is None or is_pinned(stream.certificate, [call.thumbprint]):
                 return call
         return None
-
-    def withdraw(self, call: _PendingCall) -> bool:
-        """Take back a call that nobody has fetched; whether that was so."""
-        with self._changed:
-            if not call.outcome.cancel():
-                return False
-            if call in self._calls:
-                self._calls.remove(call)
-            return True
-
-    def is_idle(self) -> bool:
-        return not self.connections and not self._calls
-
-    def close(self) -> None:
-        """Withdraw all calls, and let the connections' threads end."""
-        with self._changed:
-            self._closed = True
-            for call in self._calls:
-                call.outcome.cancel()
-            self._calls.clear()
-            self._changed.notify_all()
 
 
 class PolledClient(_Calls):
@@ -5946,6 +5955,9 @@ class PolledClient(_Calls):
 class PollingServer:
     """Lets polling tentacles come here and calls them: from `start` to `stop`, in threads of its
     own. Any thread may call.
+
+    A connection has a thread while it has calls, and a moment longer. Then it is idle: one thread
+    for all waits for them to leave, and sends them their null requests.
 
     `trusted` gives the thumbprints that may poll, and `pinned` the one that a subscription must
     show, or None when it may be any of them.
@@ -5972,7 +5984,12 @@ class PollingServer:
         self._pinned = pinned
         self._limits = limits
         self._lock = threading.Lock()
+        self._closed = False
         self._subscriptions: Dict[str, _Subscription] = {}
+        self._idle: 'OrderedDict[_Poller, float]' = OrderedDict()  # to when its null request is due
+        self._selector = selectors.DefaultSelector()  # of the idle ones
+        self._wake_ends = socket.socketpair()
+        self._selector.register(self._wake_ends[0], selectors.EVENT_READ)
         self._listener = SecureListener(
             host,
             port,
@@ -5983,7 +6000,7 @@ class PollingServer:
             limits._replace(connections=limits.polling_connections),
             is_polled=True,
         )
-        self._thread: Optional[threading.Thread] = None
+        self._threads: List[threading.Thread] = []
 
     @property
     def port(self) -> int:
@@ -5996,29 +6013,46 @@ class PollingServer:
     def start(self) -> None:
         """Accept from now on."""
         threading.stack_size(self._limits.thread_stack)
-        self._thread = start_thread('listener', self._listener.serve_forever)
+        self._threads = [
+            start_thread('listener', self._listener.serve_forever),
+            start_thread('idle connections', self._watch),
+        ]
 
     def stop(self) -> None:
         """Close the port and every connection; calls that nobody has fetched are withdrawn."""
         self._listener.stop()
-        if self._thread is not None:
-            self._thread.join()
         with self._lock:
-            subscriptions = list(self._subscriptions.values())
-        for subscription in subscriptions:
-            subscription.close()
+            self._closed = True
+            for subscription in self._subscriptions.values():
+                for call in subscription.calls:
+                    call.outcome.cancel()
+                subscription.calls.clear()
+                subscription.queued.notify_all()
+            self._wake()
+        for thread in self._threads:
+            thread.join()
+        for poller in list(self._idle):
+            self._forget(poller)
         self._listener.server_close()
+        self._selector.close()
+        for end in self._wake_ends:
+            end.close()
 
     def connections(self) -> List[PolledConnection]:
         """Who is connected, in the order of their coming."""
         with self._lock:
-            return [
+            listed = [
                 PolledConnection(
-                    subscription.uri, stream.thumbprint or '', stream.peer, since, last_seen
+                    subscription.uri,
+                    poller.stream.thumbprint or '',
+                    poller.stream.peer,
+                    poller.since,
+                    poller.last_seen,
                 )
                 for subscription in self._subscriptions.values()
-                for stream, (since, last_seen) in subscription.connections.items()
+                for poller in subscription.pollers
             ]
+        return sorted(listed, key=lambda connection: connection.since)
 
     def client(self, endpoint: ServiceEndPoint) -> PolledClient:
         """A client for a subscription's tentacle, connected or not."""
@@ -6026,7 +6060,9 @@ class PollingServer:
 
     def _subscription(self, uri: str) -> _Subscription:
         """With the lock."""
-        return self._subscriptions.setdefault(uri, _Subscription(uri))
+        if uri not in self._subscriptions:
+            self._subscriptions[uri] = _Subscription(uri, self._lock)
+        return self._subscriptions[uri]
 
     def submit(
         self, request: Request, take: Optional[Callable[[Response], None]] = None
@@ -6038,8 +6074,20 @@ class PollingServer:
         call = _PendingCall(request, take)
         with self._lock:
             subscription = self._subscription(parse_subscription(request.endpoint.uri))
-            subscription.put(call)
-        return call.outcome, lambda: subscription.withdraw(call)
+            if self._closed:
+                call.outcome.cancel()
+            else:
+                subscription.calls.append(call)
+                self._hand_out(subscription)
+
+        def withdraw() -> bool:
+            with self._lock:
+                if call in subscription.calls:
+                    subscription.calls.remove(call)
+                    self._tidy(subscription)
+            return call.outcome.cancel()
+
+        return call.outcome, withdraw
 
     def call(self, request: Request, take: Optional[Callable[[Response], None]] = None) -> Response:
         """The same, waiting for the response; no longer than the endpoint says for it to be
@@ -6064,9 +6112,10 @@ class PollingServer:
     def not_fetched(self, request: Request) -> NotDelivered:
         """The error for a call that nobody fetched in its time."""
         assert request.endpoint is not None
+        uri = parse_subscription(request.endpoint.uri)
         with self._lock:
-            subscription = self._subscription(parse_subscription(request.endpoint.uri))
-            known = ' or '.join({stream.thumbprint or '' for stream in subscription.connections})
+            subscription = self._subscriptions.get(uri) or _Subscription(uri, self._lock)
+            known = ' or '.join({poller.stream.thumbprint or '' for poller in subscription.pollers})
         if known:
             reason = 'it is connected with thumbprint %s' % known
             if request.endpoint.thumbprint:
@@ -6080,59 +6129,201 @@ class PollingServer:
             % (subscription.uri, request.endpoint.queue_timeout, reason)
         )
 
-    # -- the thread of a connection
+    def _hand_out(self, subscription: _Subscription) -> None:
+        """Let a connection look for the calls of its subscription, if there are any. With the lock."""
+        if subscription.calls and subscription.lingering:
+            subscription.queued.notify()
+        elif subscription.calls:
+            idle = next((poller for poller in subscription.pollers if poller in self._idle), None)
+            if idle is not None:
+                self._give_thread(idle)
+
+    def _tidy(self, subscription: _Subscription) -> None:
+        """Forget a subscription that is not in use, or a peer's fancy could fill the memory. With
+        the lock.
+        """
+        if not subscription.pollers and not subscription.calls:
+            if self._pinned(subscription.uri) is None:
+                self._subscriptions.pop(subscription.uri, None)
+
+    # -- the thread of a connection that is not idle
 
     def _serve(self, stream: SecureStream) -> None:
         exchange = MessageExchange(stream, limits=self._limits)
-        subscription: Any = None
+        poller = _Poller(exchange, stream)
 
         def subscribe(uri: str) -> None:
-            nonlocal subscription
             try:
-                subscription = self._admit(stream, parse_subscription(uri))
+                self._admit(poller, parse_subscription(uri))
             except UsageError as error:
                 raise ProtocolError(str(error))
 
-        def next_call(seconds: float) -> Optional[Callable[[MessageExchange], None]]:
-            subscription.connections[stream][1] = subscription.last_seen = time.time()
-            call = subscription.next_call(stream, seconds)
-            return call and call.run
-
         try:
-            exchange.as_caller(subscribe, next_call)
-        finally:
-            if subscription is not None:
-                self._forget(subscription, stream)
-            exchange.close()
+            exchange.accept_subscriber(subscribe)
+        except BaseException:
+            self._forget(poller)
+            raise
+        self._poll(poller)
 
-    def _forget(self, subscription: _Subscription, stream: SecureStream) -> None:
-        logger.info('%s: %s has left', stream.peer, subscription.uri)
+    def _poll(self, poller: _Poller) -> None:
+        """Have a connection fetch the calls that there are, until it is idle, or has left."""
+        is_idle = False
+        with self._listener.reporting(poller.stream.peer):
+            patience = 0.0
+            poller.stream.set_timeout(self._limits.progress)
+            while not poller.is_asked or poller.exchange.asks_for_more():
+                call = self._fetch(poller, patience)
+                is_idle = call is None
+                if call is None:
+                    break
+                poller.stream.set_timeout(self._limits.progress)
+                poller.is_asked = True
+                call.run(poller.exchange)
+                patience = self._limits.linger
+        if not is_idle:
+            self._forget(poller)
+
+    def _fetch(self, poller: _Poller, patience: float) -> Optional[_PendingCall]:
+        """The next call for a connection; None when there is none for so many seconds, and then it
+        is idle.
+
+        Raises ConnectionLost when the tentacle has left meanwhile, which then loses no call.
+        """
+        subscription = poller.subscription
+        deadline = time.monotonic() + patience
         with self._lock:
-            subscription.connections.pop(stream, None)
-            if subscription.is_idle() and self._pinned(subscription.uri) is None:
-                del self._subscriptions[subscription.uri]  # or a peer's fancy could fill them
+            poller.is_asked = False
+            poller.last_seen = subscription.last_seen = time.time()
+            while not self._closed:
+                call = subscription.first_call_for(poller.stream)
+                left = deadline - time.monotonic()
+                if call is None and left <= 0:
+                    self._make_idle(poller)
+                    return None
+                if call is None:
+                    subscription.lingering += 1
+                    subscription.queued.wait(left)
+                    subscription.lingering -= 1
+                    continue
+                if poller.stream.has_more():
+                    raise ConnectionLost('%s has closed the connection' % poller.stream.peer)
+                subscription.calls.remove(call)
+                self._hand_out(subscription)
+                if call.outcome.set_running_or_notify_cancel():
+                    return call
+        raise ConnectionLost('the server for polling tentacles was stopped')
 
-    def _admit(self, stream: SecureStream, uri: str) -> _Subscription:
-        """Let a connection drain a subscription's calls, if it is its own. Raises
+    def _forget(self, poller: _Poller) -> None:
+        """The end of a connection; the calls that it has not fetched are for others."""
+        with self._lock:
+            subscription = poller.subscription
+            if subscription is not None:
+                logger.info('%s: %s has left', poller.stream.peer, subscription.uri)
+                subscription.pollers.remove(poller)
+                self._hand_out(subscription)
+                self._tidy(subscription)
+        poller.exchange.close()
+
+    def _admit(self, poller: _Poller, uri: str) -> None:
+        """Let a connection fetch a subscription's calls, if it is its own. Raises
         UntrustedThumbprint.
         """
+        stream = poller.stream
         pinned = self._pinned(uri)
         with self._lock:
             subscription = self._subscription(uri)
-            others = {other.certificate for other in subscription.connections}
+            others = {other.stream.certificate for other in subscription.pollers}
             if pinned is not None and not is_pinned(stream.certificate, [pinned]):
                 reason = 'is pinned to %s' % pinned
             elif others - {stream.certificate}:
                 reason = 'is in use by another tentacle'
             else:
-                now = time.time()
-                subscription.connections[stream] = [now, now]
+                subscription.pollers.append(poller)
+                poller.subscription = subscription
                 logger.info('%s: polls for %s', stream.peer, uri)
-                return subscription
+                return
+            self._tidy(subscription)
         raise UntrustedThumbprint(
             'the thumbprint %s may not poll for %s, which %s' % (stream.thumbprint, uri, reason),
             stream.thumbprint,
         )
+
+    # -- the thread for the idle ones; what it shares with the others is under the lock
+
+    def _stay_idle(self, poller: _Poller) -> None:
+        self._idle[poller] = time.monotonic() + self._limits.keep_alive
+        self._idle.move_to_end(poller)
+
+    def _make_idle(self, poller: _Poller) -> None:
+        self._stay_idle(poller)
+        self._selector.register(poller, selectors.EVENT_READ, poller)
+        if len(self._idle) == 1:
+            self._wake()
+
+    def _take_from_idle(self, poller: _Poller) -> None:
+        del self._idle[poller]
+        self._selector.unregister(poller)
+
+    def _give_thread(self, poller: _Poller) -> None:
+        self._take_from_idle(poller)
+        try:
+            start_thread('connection ' + poller.stream.peer, self._poll, poller)
+        except RuntimeError as error:  # the system has none to give
+            logger.error('%s: %s', poller.stream.peer, error)
+            self._make_idle(poller)
+
+    def _wake(self) -> None:
+        self._wake_ends[1].send(b'x')
+
+    def _watch(self) -> None:
+        while not self._closed:
+            with self._lock:
+                due = next(iter(self._idle.values()), None)
+            seconds = None if due is None else max(due - time.monotonic(), 0)
+            ready = [key.data for key, _ in self._selector.select(seconds)]
+            if None in ready:
+                self._wake_ends[0].recv(4096)
+            with self._lock:
+                left = [poller for poller in ready if poller in self._idle and self._left(poller)]
+                left += [poller for poller in self._due() if not self._sends_null(poller)]
+                for poller in left:
+                    self._take_from_idle(poller)
+            for poller in left:
+                self._forget(poller)
+
+    def _left(self, poller: _Poller) -> bool:
+        """Whether what came from an idle connection is its end; NEXT is answered."""
+        with self._listener.reporting(poller.stream.peer):
+            if not poller.is_asked:
+                return poller.stream.has_more()
+            if not poller.stream.has_line():
+                self._give_thread(poller)  # which may wait for the rest
+                return False
+            if poller.exchange.asks_for_more():
+                poller.is_asked = False
+                poller.last_seen = poller.subscription.last_seen = time.time()
+                self._stay_idle(poller)
+                self._hand_out(poller.subscription)
+                return False
+        return True
+
+    def _due(self) -> List[_Poller]:
+        """Those whose null request is due, or nearly so: many in one turn cost less."""
+        soon = time.monotonic() + self._limits.keep_alive / 30
+        is_due = lambda entry: entry[1] <= soon
+        return [poller for poller, _ in itertools.takewhile(is_due, self._idle.items())]
+
+    def _sends_null(self, poller: _Poller) -> bool:
+        """Send the null request that is due, and do not wait; not if the last one was not answered."""
+        with self._listener.reporting(poller.stream.peer):
+            if poller.is_asked:
+                raise ConnectionLost('%s does not answer a null request' % poller.stream.peer)
+            poller.stream.set_timeout(0)
+            poller.exchange.send_null()
+            poller.is_asked = True
+            self._stay_idle(poller)
+            return True
+        return False
 
 
 # -- the way to a server in another process: Halibut again, over a Unix socket of the owner alone
@@ -8071,7 +8262,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if stream is None:
             return 2  # without standard streams nobody could be told anything
-        stream.reconfigure(errors='backslashreplace')  # type: ignore[union-attr]
+        if isinstance(stream, io.TextIOWrapper):  # and no stand-in of somebody who embeds us
+            stream.reconfigure(errors='backslashreplace')
     if argv is None and sys.argv[1:] == ['_launcher']:
         channel = socket.socket(fileno=os.dup(0))
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # or each supervisor would keep it open

@@ -10,6 +10,8 @@ child behind: a fixture looks.
 
 import ast
 import base64
+import collections
+import concurrent.futures
 import contextlib
 import hashlib
 import io
@@ -18,6 +20,7 @@ import os
 import random
 import re
 import resource
+import select
 import shlex
 import shutil
 import signal
@@ -631,10 +634,10 @@ class Peer:
 
 class Forwarder:
     """Stands between a dialler and a port, and does harm: `plan(number)` gives what happens to each
-    connection, None or (kind, to the server?, after how many bytes). `port`, `connections`.
+    connection, faults as (kind, to the server?, after how many bytes). `port`, `connections`.
     """
 
-    def __init__(self, port, plan=lambda number: None):
+    def __init__(self, port, plan=lambda number: []):
         self._server = socket.create_server(('127.0.0.1', 0))
         self._to = port
         self._plan = plan
@@ -659,23 +662,25 @@ class Forwarder:
                 return
             self._socks += [near, far]
             self.connections += 1
-            fault = self._plan(self.connections)
-            self._start(self._pass_on, near, far, fault if fault and fault[1] else None)
-            self._start(self._pass_on, far, near, fault if fault and not fault[1] else None)
+            faults = self._plan(self.connections)
+            self._start(self._pass_on, near, far, [fault for fault in faults if fault[1]])
+            self._start(self._pass_on, far, near, [fault for fault in faults if not fault[1]])
 
-    def _pass_on(self, source, target, fault):
-        kind, _, left = fault or (None, None, 0)
+    def _pass_on(self, source, target, faults):
         with contextlib.suppress(OSError):
+            for kind, _, left in faults:
+                while left > 0:
+                    data = source.recv(min(65536, left))
+                    if not data:
+                        break
+                    target.sendall(data)
+                    left -= len(data)
+                getattr(self, kind)(source, target)
             while True:
-                data = source.recv(min(65536, left) if kind and left else 65536)
+                data = source.recv(65536)
                 if not data:
                     break
-                if kind:
-                    left -= len(data)
                 target.sendall(data)
-                if kind and left <= 0:
-                    getattr(self, kind)(source, target)
-                    kind = None
             target.shutdown(socket.SHUT_WR)
 
     def cut(self, source, target):
@@ -2483,12 +2488,10 @@ def counting_script(ticket, lines=20, pause=0.02):
 
 
 def in_threads(function, arguments):
-    """Call a function for each argument, each in a thread of its own; wait for all."""
-    threads = [threading.Thread(target=function, args=(argument,)) for argument in arguments]
-    for thread in threads:
-        thread.start()
-    for thread in threads:
-        thread.join()
+    """Call a function for each argument, each in a thread of its own; the results of all."""
+    arguments = list(arguments)
+    with concurrent.futures.ThreadPoolExecutor(len(arguments)) as threads:
+        return list(threads.map(function, arguments))
 
 
 def insist(agent_of, keys, ask):
@@ -3314,7 +3317,9 @@ def test_a_connection_that_is_cut_leaves_the_old_file(client, shared_agent, keys
     points = [chance.randrange(3000, size + 20000) for _ in range(20)]
     content = os.urandom(size)
     endpoint = shared_agent.endpoint
-    with Forwarder(shared_agent.port, lambda number: ('cut', True, points[number - 1])) as between:
+    with Forwarder(
+        shared_agent.port, lambda number: [('cut', True, points[number - 1])]
+    ) as between:
         for point in points:
             through = endpoint._replace(uri='https://127.0.0.1:%d/' % between.port)
             with tentacle.TentacleClient(through, keys['server']) as victim:
@@ -3328,7 +3333,9 @@ def test_a_connection_that_is_cut_leaves_the_old_file(client, shared_agent, keys
                 path.write_bytes(b'old')
     path.write_bytes(content)
     lost = 0
-    with Forwarder(shared_agent.port, lambda number: ('cut', False, points[number - 1])) as between:
+    with Forwarder(
+        shared_agent.port, lambda number: [('cut', False, points[number - 1])]
+    ) as between:
         for point in points:
             through = endpoint._replace(uri='https://127.0.0.1:%d/' % between.port)
             with tentacle.TentacleClient(through, keys['server']) as victim:
@@ -3790,6 +3797,7 @@ def test_the_back_off():
 @contextlib.contextmanager
 def polled(tmp_path, keys, **limits):
     """A server in this process that `keys['agent']` may poll."""
+    limits.setdefault('linger', 0.05)
     server = tentacle.PollingServer(
         keys['server'],
         lambda: frozenset([keys['agent'].thumbprint]),
@@ -3859,33 +3867,121 @@ def a_proxy(tmp_path, user=None):
         process.wait()
 
 
-@pytest.mark.parametrize('way', ['straight', 'IPv6', 'proxy', 'proxy with password'])
-def test_scripts_and_files_over_polling(tmp_path, keys, way):
+@pytest.fixture(
+    scope='module',
+    params=[
+        'listening',
+        'listening, IPv6',
+        'listening, proxy',
+        'listening, proxy with password',
+        'polling',
+        'polling, IPv6',
+        'polling, proxy',
+        'polling, proxy with password',
+        'polling, serve',
+    ],
+)
+def any_way(request, tmp_path_factory, keys):
+    """A function that gives a client for a tentacle, whichever way it is reached."""
+    way = request.param
+    tmp_path = tmp_path_factory.mktemp('way')
+    host = '[::1]' if 'IPv6' in way else '127.0.0.1'
     with contextlib.ExitStack() as stack:
-        server = stack.enter_context(polled(tmp_path, keys))
         proxy = None
         if 'proxy' in way:
             user = ('me', 'geheim') if 'password' in way else None
             proxy = stack.enter_context(a_proxy(tmp_path, user))
-        host = '[::1]' if way == 'IPv6' else '127.0.0.1'
-        stack.enter_context(polling(tmp_path, keys, server.port, host, proxy))
-        client = stack.enter_context(server.client(ONE))
+        if 'listening' in way:
+            trusted = [keys['server'].thumbprint]
+            agent = stack.enter_context(listening(tmp_path / 'agent', keys['agent'], trusted))
+            uri = 'https://%s:%d/' % (host, agent.port)
+            endpoint = tentacle.ServiceEndPoint(uri, keys['agent'].thumbprint, proxy)
+            client_of = lambda: tentacle.TentacleClient(endpoint, keys['server'])
+        else:
+            server = stack.enter_context(polled(tmp_path, keys))
+            stack.enter_context(polling(tmp_path, keys, server.port, host, proxy, connections=3))
+            client_of = lambda: server.client(ONE)
+            eventually(lambda: len(server.connections()) == 3)
+        if 'serve' in way:
+            relay = tentacle.Relay(str(tmp_path / 'sock'), server)
+            relay.start()
+            stack.callback(relay.stop)
+            client_of = lambda: tentacle.RelayedClient(str(tmp_path / 'sock'), ONE, keys['server'])
+        with client_of() as client:
+            client.run_script(':', print)  # the launcher is there from now on
+        yield client_of
+
+
+def test_scripts_any_way(any_way):
+    def script(number):
         lines = []
-        assert client.run_script('echo out; echo err >&2; exit 7', lines.append) == 7
-        result = tentacle.ScriptResult(7, lines)
-        assert (result.stdout, result.stderr) == ('out\n', 'err\n')
-        content = os.urandom(3 << 20)
-        client.upload(io.BytesIO(content), str(tmp_path / 'file'))
-        assert open_bytes(str(tmp_path / 'file')) == content
+        with any_way() as client:
+            body = 'echo out %d; echo err >&2; echo Grüße ✓; exit %d' % (number, number)
+            code = client.run_script(body, lines.append)
+        return code, tentacle.ScriptResult(code, lines)
+
+    for number, (code, result) in enumerate(in_threads(script, range(6))):
+        assert code == number
+        assert (result.stdout, result.stderr) == ('out %d\nGrüße ✓\n' % number, 'err\n')
+
+
+def test_long_output_any_way(any_way):
+    lines = []
+    with any_way() as client:
+        assert client.run_script('seq 12000', lines.append) == 0
+    own = [line.text for line in lines if not line.remark]
+    assert own == [str(number) for number in range(1, 12001)]
+
+
+def test_script_files_any_way(any_way):
+    names = ['plain', 'with space', 'Grüße']
+    contents = [b'', os.urandom(70000), b'x' * (1 << 20)]
+    files = [
+        tentacle.ScriptFile(name=name, contents=data_stream(content))
+        for name, content in zip(names, contents)
+    ]
+    lines = []
+    with any_way() as client:
+        client.run_script('cat plain "with space" Grüße | sha1sum', lines.append, files=files)
+    digest = hashlib.sha1(b''.join(contents)).hexdigest()
+    assert tentacle.ScriptResult(0, lines).stdout == digest + '  -\n'
+
+
+def test_cancel_any_way(any_way, tmp_path):
+    class Enough(Exception):
+        pass
+
+    def stop(line):
+        if line.text == 'begun':
+            raise Enough
+
+    with any_way() as client:
+        with pytest.raises(Enough):
+            body = 'echo begun; sleep 1000; touch %s' % shlex.quote(str(tmp_path / 'not'))
+            client.run_script(body, stop)
+    assert not (tmp_path / 'not').exists()
+
+
+@pytest.mark.parametrize('size', [0, 1, 16384, 3 << 20])
+def test_files_any_way(any_way, tmp_path, size):
+    content = os.urandom(size)
+    path = tmp_path / 'a ✓ file'
+    with any_way() as client:
+        result = client.upload(io.BytesIO(content), str(path))
+        assert result == (str(path), size, hashlib.sha1(content).hexdigest())
+        assert path.read_bytes() == content
         target = io.BytesIO()
-        client.download(str(tmp_path / 'file'), target)
+        assert client.download(str(path), target) == result
         assert target.getvalue() == content
-        with pytest.raises(tentacle.ServiceError, match='directory'):
-            upload(client, tmp_path, bytes(100000))
-        assert download(client, tmp_path / 'missing') is None
-        (connection,) = server.connections()
-        assert connection.subscription == 'poll://one/'
-        assert connection.thumbprint == keys['agent'].thumbprint
+
+
+def test_refused_files_any_way(any_way, tmp_path):
+    """The connection stays in use after each."""
+    with any_way() as client:
+        for _ in range(3):
+            with pytest.raises(tentacle.ServiceError, match='directory'):
+                upload(client, tmp_path, bytes(100000))
+            assert download(client, tmp_path / 'missing') is None
 
 
 def test_many_connections_drain_one_queue(tmp_path, keys):
@@ -3906,6 +4002,7 @@ def test_null_requests_keep_a_connection(tmp_path, keys):
     with polled(tmp_path, keys, keep_alive=0.05) as server:
         with polling(tmp_path, keys, server.port):
             (first,) = eventually(server.connections)
+            assert first[:2] == ('poll://one/', keys['agent'].thumbprint)
             eventually(lambda: server.connections()[0].last_seen > first.since + 0.3)
             assert server.connections()[0].since == first.since
 
@@ -3925,25 +4022,139 @@ def test_a_call_that_nobody_fetches(tmp_path, keys):
                 assert client.capabilities()
 
 
+def polls(port, identity, subscription='poll://one/'):
+    """(a bare connection that has asked to poll, the answer)"""
+    sock = dial(port, identity)
+    sock.sendall(b'MX\n\nMX-SUBSCRIBER 1.0 %s\r\n\r\n' % subscription.encode())
+    return sock, sock.recv(100)
+
+
 def test_a_subscription_is_its_tentacles_own(tmp_path, keys):
     trusted = frozenset([keys['agent'].thumbprint, keys['other'].thumbprint])
     server = tentacle.PollingServer(keys['server'], lambda: trusted, port=0)
     server.start()
-
-    def polls(name):
-        sock = dial(server.port, keys[name])
-        sock.sendall(b'MX\n\nMX-SUBSCRIBER 1.0 poll://one/\r\n\r\n')
-        return sock, sock.recv(100)
-
-    first, answer = polls('agent')
+    first, answer = polls(server.port, keys['agent'])
     assert answer == IDENTIFIED
-    again, answer = polls('agent')
+    again, answer = polls(server.port, keys['agent'])
     assert answer == IDENTIFIED
-    intruder, answer = polls('other')
+    intruder, answer = polls(server.port, keys['other'])
     assert answer == b''
     for sock in (first, again, intruder):
         sock.close()
     server.stop()
+
+
+@pytest.mark.parametrize('leave', ['close', 'cut', 'stray'])
+def test_a_tentacle_that_leaves_is_missed_at_once(tmp_path, keys, leave):
+    with polled(tmp_path, keys) as server:
+        sock, _ = polls(server.port, keys['agent'])
+        eventually(server.connections)
+        if leave == 'stray':
+            sock.sendall(b'NEXT\r\n')  # not its turn
+        elif leave == 'cut':
+            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+        if leave != 'stray':
+            sock.close()
+        eventually(lambda: server.connections() == [], 2)
+        sock.close()
+
+
+def test_a_null_request_that_is_not_answered(tmp_path, keys):
+    with polled(tmp_path, keys, keep_alive=0.2) as server:
+        sock, _ = polls(server.port, keys['agent'])
+        with sock:
+            assert inflated(sock.recv(100)) == inflated(tentacle.NULL_MESSAGE)
+            assert received(sock) == b''
+
+
+def test_an_answer_in_pieces(tmp_path, keys):
+    """To a null request; and a call that comes meanwhile waits for it."""
+    with polled(tmp_path, keys, keep_alive=1) as server:
+        sock, _ = polls(server.port, keys['agent'])
+        with sock, server.client(ONE) as client:
+            assert inflated(sock.recv(100)) == inflated(tentacle.NULL_MESSAGE)
+            caller = threading.Thread(target=lambda: client.call('IScriptServiceV2', 'Nothing'))
+            caller.start()
+            for piece in (b'N', b'EX', b'T\r'):
+                sock.sendall(piece)
+                assert not select.select([sock], [], [], 0.05)[0]
+            sock.sendall(b'\n')
+            answer = b''
+            while len(answer) < 30:
+                answer += sock.recv(1000)
+            assert answer.startswith(b'PROCEED\r\n')
+            request = tentacle.decode_bson(inflated(answer[len(b'PROCEED\r\n') :]))['Message']
+            sock.sendall(response_bytes(request_id=request['id']) + b'NEXT\r\n')
+            caller.join()
+            assert sock.recv(100) == b'PROCEED\r\n'
+
+
+def test_two_hundred_faults(tmp_path, keys, caplog):
+    """Scripts and files over connections that go wrong: a script runs once at most, and just once
+    where its outcome came; files are whole or as they were; in the end all is well.
+    """
+    chance = random.Random(6)
+
+    def plan(number):
+        if number > 200:
+            return []
+        kind = chance.choice(['cut', 'half_close', 'swallow', 'delay', 'trickle'])
+        to_server = chance.random() < 0.5
+        point = int(2 ** chance.uniform(9, 20))
+        return [(kind, to_server, point), ('cut', to_server, point)]
+
+    quick = dict(handshake=3, progress=1, response=2, keep_alive=0.3, request=1, linger=0.05)
+    quick.update(reconnect_pause=0.1, reconnect_attempts=20)
+    content = os.urandom(1 << 20)
+    results, lost = [], []
+
+    def script(client, number):
+        mark = tmp_path / ('mark %d' % number)
+        lines, outcome = [], 'unknown'
+        try:
+            body = 'echo x >> %s; echo out; exit 3' % shlex.quote(str(mark))
+            assert client.run_script(body, lines.append) == 3
+            assert [line.text for line in lines if not line.remark] == ['out']
+            outcome = 'ran'
+        except tentacle.ConnectionLost as error:
+            if isinstance(error, tentacle.NotDelivered) or 'was not started' in str(error):
+                outcome = 'not started'
+        results.append((outcome, mark))
+
+    def files(client, number):
+        path = tmp_path / ('file %d' % number)
+        path.write_bytes(b'old')
+        try:
+            upload(client, path, content)
+            results.append(('uploaded', path))
+            assert download(client, path) == content
+        except tentacle.ConnectionLost:
+            lost.append(path)
+        assert path.read_bytes() in (b'old', content)
+
+    def work(number):
+        with server.client(ONE._replace(queue_timeout=20)) as client:
+            while between.connections <= 200:
+                number += 10
+                (files if number % 3 == 0 else script)(client, number)
+
+    with polled(tmp_path, keys, **quick) as server:
+        with Forwarder(server.port, plan) as between:
+            quick.update(least_back_off=0.01, most_back_off=0.05)
+            with polling(tmp_path, keys, between.port, connections=8, **quick):
+                in_threads(work, range(10))
+                with server.client(ONE) as client:
+                    script(client, 10**6)
+                    assert results[-1][0] == 'ran'
+                eventually(lambda: not temporary_files(tmp_path))
+    assert lost
+    for outcome, path in results:
+        if outcome == 'uploaded':
+            assert path.read_bytes() == content
+        else:
+            runs = path.read_text().count('x') if path.exists() else 0
+            assert runs in {'ran': [1], 'not started': [0], 'unknown': [0, 1]}[outcome]
+    assert 'a bug' not in caplog.text
 
 
 def test_a_server_that_is_not_trusted_gets_no_byte(tmp_path, keys, caplog):
@@ -3962,7 +4173,9 @@ def test_a_server_that_is_not_trusted_gets_no_byte(tmp_path, keys, caplog):
 
 def test_a_lost_connection_is_dialled_again(tmp_path, keys):
     with polled(tmp_path, keys) as server:
-        with Forwarder(server.port, lambda number: number == 1 and ('cut', False, 3000)) as between:
+        with Forwarder(
+            server.port, lambda number: [('cut', False, 3000)] * (number == 1)
+        ) as between:
             with polling(tmp_path, keys, between.port, least_back_off=0.05) as agent:
                 with server.client(ONE) as client:
                     results = []
@@ -3978,17 +4191,12 @@ def test_dial_now(tmp_path, keys):
     with socket.create_server(('127.0.0.1', 0)) as place:
         port = place.getsockname()[1]
     with polling(tmp_path, keys, port) as agent:
-        server = None
-        for _ in range(2):
-            eventually(lambda: agent._changed._waiters)
-            if server is None:
-                server = tentacle.PollingServer(
-                    keys['server'], lambda: frozenset([keys['agent'].thumbprint]), port=port
-                )
-                server.start()
-                agent.dial_now()
-                eventually(server.connections, 4)  # the back-off alone takes 5 s
-                break
+        eventually(lambda: agent._changed._waiters)
+        trusted = frozenset([keys['agent'].thumbprint])
+        server = tentacle.PollingServer(keys['server'], lambda: trusted, port=port)
+        server.start()
+        agent.dial_now()
+        eventually(server.connections, 4)  # the back-off alone takes 5 s
     server.stop()
 
 
@@ -4039,6 +4247,77 @@ def test_what_max_time_leaves_is_taken_up_by_the_next(tmp_path, keys):
             thread.join()
         assert codes == [0]
         assert [line.text for line in lines if not line.remark] == ['begin', 'end']
+
+
+CRON_TICKS = 60
+
+
+def cron_minute(folder):
+    """A stand-in for cron, as a process beside the suite: it starts `poll --once` each second of a
+    minute, while jobs come in. Prints what came of it as JSON.
+    """
+    keys = Keys(folder)
+    home, program = os.path.join(folder, 'agent'), os.path.join(folder, 'tentacle.py')
+    shutil.copy(PROGRAM, program)
+    environment = dict(os.environ)
+    environment.pop('PYTHONDONTWRITEBYTECODE', None)
+    agent = cli('show-thumbprint', home=home)[1].strip()
+    limits = LIMITS._replace(keep_alive=0.3)
+    server = tentacle.PollingServer(
+        keys['server'], lambda: frozenset([agent]), port=0, limits=limits
+    )
+    server.start()
+    command = [sys.executable, program, 'poll', 'https://127.0.0.1:%d/' % server.port, '--once']
+    command += ['--home', home, '--subscription', 'poll://one/']
+    command += ['--trust', keys['server'].thumbprint]
+    chance = random.Random(7)
+    begun = time.monotonic()
+    pause = threading.Event().wait
+
+    def job(number):
+        pause(chance.uniform(0, CRON_TICKS - 10))
+        mark = os.path.join(folder, 'mark %d' % number)
+        body = 'echo x >> %s; echo %d' % (shlex.quote(mark), number)
+        lines = []
+        with server.client(ONE) as client:
+            code = client.run_script(('sleep 3; ' if number == 0 else '') + body, lines.append)
+        return code, tentacle.ScriptResult(code, lines).stdout, open_bytes(mark).decode()
+
+    ticks, most = [], 0
+    with concurrent.futures.ThreadPoolExecutor(25) as threads:
+        jobs = [threads.submit(job, number) for number in range(25)]
+        for tick in range(CRON_TICKS):
+            ticks.append(subprocess.Popen(command, env=environment, stderr=subprocess.DEVNULL))
+            while time.monotonic() < begun + tick + 1:
+                most = max(most, len(server.connections()))
+                pause(0.05)
+        results = [job.result() for job in jobs]
+    codes = [process.wait() for process in ticks]
+    server.stop()
+    print(json.dumps({'codes': codes, 'results': results, 'most': most}))
+
+
+@pytest.fixture(scope='session', autouse=True)
+def cron(request, tmp_path_factory):
+    """The minute of cron goes by while the other tests run."""
+    if not any(item.name == 'test_cron_life' for item in request.session.items):
+        yield None
+        return
+    process = subprocess.Popen(
+        [sys.executable, __file__, '--cron', str(tmp_path_factory.mktemp('cron'))],
+        stdout=subprocess.PIPE,
+    )
+    yield process
+    process.kill()
+    process.communicate()
+
+
+def test_cron_life(cron):
+    """Each job ran once, no two agents were at it at once, all results came back."""
+    outcome = json.loads(cron.communicate(timeout=120)[0])
+    assert outcome['results'] == [[0, '%d\n' % number, 'x\n'] for number in range(25)]
+    assert outcome['most'] == 1
+    assert set(outcome['codes']) == {0, 75} and len(outcome['codes']) == CRON_TICKS
 
 
 @contextlib.contextmanager
@@ -4527,7 +4806,7 @@ def test_a_failed_download_leaves_the_old_file(dispatcher, shared_agent, tmp_pat
     mine = str(tmp_path / 'mine')
     code, _, err = cli('download', target + ':/missing', mine, home=home)
     assert code == 1 and 'There is no file /missing on ' + target in err
-    with Forwarder(shared_agent.port, lambda number: ('cut', False, 2 << 20)) as between:
+    with Forwarder(shared_agent.port, lambda number: [('cut', False, 2 << 20)]) as between:
         through = '127.0.0.1:%d' % between.port
         endpoint = shared_agent.endpoint._replace(uri='https://%s/' % through)
         tentacle.Targets(home).pin(through, endpoint)
@@ -4545,7 +4824,7 @@ def test_ctrl_c_leaves_no_half_file(dispatcher, shared_agent, tmp_path, to_serve
         folder.mkdir()
     source = (here if to_server else there) / 'source'
     source.write_bytes(bytes(3 << 20))
-    with Forwarder(shared_agent.port, lambda number: ('swallow', to_server, 2 << 20)) as between:
+    with Forwarder(shared_agent.port, lambda number: [('swallow', to_server, 2 << 20)]) as between:
         through = '127.0.0.1:%d' % between.port
         endpoint = shared_agent.endpoint._replace(uri='https://%s/' % through)
         tentacle.Targets(home).pin(through, endpoint)
@@ -4592,7 +4871,7 @@ def test_a_bar_on_a_terminal(dispatcher, shared_agent, tmp_path, columns):
     home, _ = dispatcher
     (tmp_path / 'source').write_bytes(bytes(3 << 20))
     # The bar shows itself when there is time for it.
-    with Forwarder(shared_agent.port, lambda number: ('delay', False, 2 << 20)) as between:
+    with Forwarder(shared_agent.port, lambda number: [('delay', False, 2 << 20)]) as between:
         through = '127.0.0.1:%d' % between.port
         endpoint = shared_agent.endpoint._replace(uri='https://%s/' % through)
         tentacle.Targets(home).pin(through, endpoint)
@@ -5031,12 +5310,13 @@ def test_a_target_that_is_tls_but_no_tentacle(tmp_path, keys):
     assert (code, err.count('\n')) == (1, 1) and 'does not speak Halibut' in err
 
 
-def test_help_of_every_verb_has_an_example():
+def test_help_of_every_verb_has_an_example(capsys):
     overview = cli('--help')[1]
     for name in tentacle.COMMANDS:
         assert '\n  %s ' % name in overview
-        code, out, _ = cli(name, '--help')
-        assert code == 0 and 'example:\n  tentacle.py %s' % name in out
+        with pytest.raises(SystemExit):
+            tentacle.main([name, '--help'])
+        assert 'example:\n  tentacle.py %s' % name in capsys.readouterr().out
 
 
 def test_demo():
@@ -5368,4 +5648,7 @@ def bench():
 
 
 if __name__ == '__main__':
-    bench()
+    if sys.argv[1:2] == ['--cron']:
+        cron_minute(sys.argv[2])
+    else:
+        bench()
