@@ -78,8 +78,8 @@ def module_command(*arguments: str) -> list:
     return [sys.executable] + options + ['-c', _RUN_AS_MODULE, program] + list(arguments)
 
 
-if __name__ == '__main__' and '_as_module' not in globals() and sys.argv[1:2]:
-    if sys.argv[1] in _RESIDENT_VERBS:
+if __name__ == '__main__' and '_as_module' not in globals() and __spec__ is None:
+    if sys.argv[1:2] and sys.argv[1] in _RESIDENT_VERBS:
         os.execv(sys.executable, module_command(*sys.argv[1:]))
 
 import base64
@@ -6130,7 +6130,7 @@ class PollingServer:
         )
 
     def _hand_out(self, subscription: _Subscription) -> None:
-        """Let a connection look for the calls of its subscription, if there are any. With the lock."""
+        """Let a connection look for the calls of its subscription. With the lock."""
         if subscription.calls and subscription.lingering:
             subscription.queued.notify()
         elif subscription.calls:
@@ -6314,7 +6314,7 @@ class PollingServer:
         return [poller for poller, _ in itertools.takewhile(is_due, self._idle.items())]
 
     def _sends_null(self, poller: _Poller) -> bool:
-        """Send the null request that is due, and do not wait; not if the last one was not answered."""
+        """Send the null request that is due, without waiting; unless the last was not answered."""
         with self._listener.reporting(poller.stream.peer):
             if poller.is_asked:
                 raise ConnectionLost('%s does not answer a null request' % poller.stream.peer)
