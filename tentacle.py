@@ -6859,7 +6859,9 @@ class Targets:
     """`<home>/targets`: the tentacles that a dispatcher knows, a section each, like ssh's
     known_hosts.
 
-    [web-1] uri = https://web-1:10933/ thumbprint = 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3
+        [web-1]
+        uri = https://web-1:10933/
+        thumbprint = 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3
     """
 
     def __init__(self, home: str):
@@ -7286,7 +7288,7 @@ def _keep_polling(
     'poll',
     'be a polling tentacle, that dials its servers; resident, or from cron with --once',
     'tentacle.py poll https://server:10943/ --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3\n'
-    '  * * * * * python3 tentacle.py poll https://server:10943/ --once     (in a crontab)',
+    '  * * * * * cd /opt && python3 -m tentacle poll https://server:10943/ --once  (in a crontab)',
     _option('servers', metavar='URL', nargs='+', help='https://HOST[:10943]/, one for each node'),
     _TRUST_OPTION,
     _option(
