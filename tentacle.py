@@ -1030,7 +1030,7 @@ class SocketStream:
         except OSError as error:
             raise self._lost(error)
         self._leftover += some
-        return not some or b'\r\n' in self._leftover
+        return not some or b'\r\n' in self._leftover.lstrip(b'\r\n')  # empty ones do not count
 
     def hang_up(self) -> None:
         """End the connection under whoever waits for it. Any thread may call."""
@@ -1260,10 +1260,11 @@ def parse_proxy(text: str, password: Optional[str] = None) -> Proxy:
 
     try:
         parts = urlsplit(text if '://' in text else 'http://' + text)
-        port = parts.port or 80
+        port = 80 if parts.port is None else parts.port
     except ValueError:
         parts, port = urlsplit(''), 0
-    if parts.scheme != 'http' or not parts.hostname or parts.path.strip('/') or not port:
+    rest = parts.path.strip('/') + parts.query + parts.fragment
+    if parts.scheme != 'http' or not parts.hostname or rest or not port:
         raise UsageError(
             'that is no proxy that can be used: http://[USER:PASSWORD@]HOST:PORT expected%s'
             % (', not https' if parts.scheme == 'https' else '')
@@ -1289,7 +1290,7 @@ def _is_exempt(host: str, port: int, no_proxy: str) -> bool:
     address = address_of(host)
     for entry in re.split(r'[\s,]+', no_proxy.lower()):
         name, colon, only_port = entry.rpartition(':')
-        if colon and only_port.isdigit() and address_of(entry) is None:
+        if colon and only_port.isdecimal() and address_of(entry) is None:
             if int(only_port) != port:
                 continue
             entry = name
@@ -1365,7 +1366,8 @@ def _connect_request(proxy: Proxy, target: str) -> bytes:
     """The original's request, byte for byte (wire notes 1)."""
     lines = ['CONNECT %s HTTP/1.0' % target, 'Host: %s' % target]
     if proxy.user or proxy.password:
-        credentials = ('%s:' % proxy.user).encode() + proxy.password.encode()
+        user = ('%s:' % proxy.user).encode('utf-8', 'surrogateescape')
+        credentials = user + proxy.password.encode('utf-8', 'surrogateescape')
         lines.append('Proxy-Authorization: Basic ' + base64.b64encode(credentials).decode())
     return ('\r\n'.join(lines) + '\r\n\r\n').encode()
 
@@ -1471,6 +1473,9 @@ def dial_tls(
     except TentacleError:
         sock.close()
         raise
+    except UnicodeError as error:
+        sock.close()
+        raise NotDelivered('%s is no name of a host: %s' % (printable(host), error))
     except OSError as error:
         sock.close()
         reason = getattr(error, 'reason', None) or error.strerror or str(error)
@@ -3865,18 +3870,6 @@ def _receive_request(channel: socket.socket) -> Tuple[bytes, List[int]]:
     return b''.join(parts), list(descriptors)
 
 
-def _be_supervisor(line: bytes, prctl: Callable[..., Any]) -> None:
-    """What the forked process does; it never returns. The inherited lock is let go by its end."""
-    try:
-        os.setsid()
-        _Supervisor(json.loads(line.decode()), prctl).run()
-    except BaseException as error:
-        sys.stderr.write('A supervisor failed: %s: %s\n' % (type(error).__name__, error))
-        sys.stderr.flush()
-    finally:
-        os._exit(0)
-
-
 def run_launcher(channel: socket.socket) -> None:
     """The launcher's life: keep a supervisor in waiting, and answer with a line when it has taken a
     request (a line of JSON, with the workspace's lock as a descriptor); until the agent is gone.
@@ -3915,10 +3908,15 @@ def _be_supervisor(channel: socket.socket, note: int, prctl: Callable[..., Any])
             os.write(note, b't')
             os.close(note)
             channel.close()
-            supervisor.run(json.loads(line.decode()), descriptors[0])
-    except BaseException as error:
-        sys.stderr.write('A supervisor failed: %s: %s\n' % (type(error).__name__, error))
-        sys.stderr.flush()
+            os.dup2(1, 2)  # who reads the agent's stderr to its end waits for no script
+            request = json.loads(line.decode())
+            try:
+                supervisor.run(request, descriptors[0])
+            except Exception as error:
+                with open(
+                    Workspace(request['work'], request['ticket']).inner('failure'), 'w'
+                ) as file:
+                    file.write('%s: %s' % (type(error).__name__, error))
     finally:
         os._exit(0)
 
@@ -4205,7 +4203,11 @@ class RunningScript:
             return
         if result is None:
             result = UNKNOWN_RESULT_EXIT_CODE, 0
-            self.write_log(STDERR, ['The result of the script is unknown: its supervisor is gone'])
+            text = 'The result of the script is unknown: its supervisor is gone'
+            with contextlib.suppress(OSError, ValueError):
+                with open(self.workspace.inner('failure'), encoding='utf-8') as file:
+                    text += ' (%s)' % printable(file.read(1000))
+            self.write_log(STDERR, [text])
             self._write_result(UNKNOWN_RESULT_EXIT_CODE)
         if hold is not None:
             os.close(hold)
@@ -5255,8 +5257,9 @@ class PollingTentacle:
             self._changed.notify_all()
             for stream in self._streams:
                 stream.hang_up()
+        deadline = time.monotonic() + self._limits.stop
         for thread in self._threads:
-            thread.join(self._limits.stop)
+            thread.join(max(deadline - time.monotonic(), 0))
         if self._owns_services:
             self._services.stop()
 
@@ -5268,7 +5271,7 @@ class PollingTentacle:
 
     def run_once(self, max_time: float = float('inf')) -> bool:
         """Do all the work there is, follow the scripts until they are completed, and end, after
-        `max_time` seconds at the latest. Whether any server was reached.
+        `max_time` seconds, or with the call that is under way then. Whether any server was reached.
         """
         threading.stack_size(self._limits.thread_stack)
         self._deadline = time.monotonic() + max_time
@@ -5306,8 +5309,11 @@ class PollingTentacle:
             return False
         return not idle or self._has_work()
 
+    def _time_left(self) -> float:
+        return max(self._deadline - time.monotonic(), 0.01)
+
     def _patience(self) -> float:
-        return min(self._limits.request, max(self._deadline - time.monotonic(), 0.01))
+        return min(self._limits.request, self._time_left())
 
     def _pause(self, seconds: float) -> None:
         with self._changed:
@@ -5327,9 +5333,13 @@ class PollingTentacle:
             self._reached = True
             logger.info('%s: connected, polling for %s', stream.peer, self.subscription)
 
+        left = self._time_left()
+        limits = self._limits._replace(
+            connect=min(self._limits.connect, left), handshake=min(self._limits.handshake, left)
+        )
         try:
             endpoint = ServiceEndPoint(uri, None, self._proxy_of(uri))
-            stream = connect(endpoint, self._identity, self._limits, self._trusted())
+            stream = connect(endpoint, self._identity, limits, self._trusted())
             with self._registered(stream):
                 MessageExchange(stream, self._services.spool, self._limits).as_subscriber(
                     self.subscription, self._services.handle, identified, self._patience, goes_on
@@ -5889,9 +5899,12 @@ class _PendingCall:
         """In the thread of the connection that fetched it."""
         try:
             response = exchange.call(self.request, self._take)
-        except BaseException as error:
+        except TentacleError as error:
             self.outcome.set_exception(error)
             raise
+        except BaseException as error:  # of the caller's own: it alone shall hear of it
+            self.outcome.set_exception(error)
+            raise ConnectionLost('%s: its caller gave up' % exchange.stream.peer)
         self.outcome.set_result(response)
 
 
@@ -5932,6 +5945,7 @@ class _Subscription:
         self.calls: List[_PendingCall] = []
         self.queued = threading.Condition(lock)
         self.last_seen: Optional[float] = None
+        self.is_pinned = False  #: to a thumbprint
 
     def first_call_for(self, stream: SecureStream) -> Optional[_PendingCall]:
         """The first call that a connection may have: a pinned thumbprint must be its own."""
@@ -6134,17 +6148,20 @@ class PollingServer:
         if subscription.calls and subscription.lingering:
             subscription.queued.notify()
         elif subscription.calls:
-            idle = next((poller for poller in subscription.pollers if poller in self._idle), None)
-            if idle is not None:
-                self._give_thread(idle)
+            able = [
+                poller
+                for poller in subscription.pollers
+                if poller in self._idle and subscription.first_call_for(poller.stream)
+            ]
+            if able:  # one that answered last is the least likely to be dead
+                self._give_thread(max(able, key=lambda one: (not one.is_asked, one.last_seen)))
 
     def _tidy(self, subscription: _Subscription) -> None:
         """Forget a subscription that is not in use, or a peer's fancy could fill the memory. With
         the lock.
         """
-        if not subscription.pollers and not subscription.calls:
-            if self._pinned(subscription.uri) is None:
-                self._subscriptions.pop(subscription.uri, None)
+        if not (subscription.is_pinned or subscription.pollers or subscription.calls):
+            self._subscriptions.pop(subscription.uri, None)
 
     # -- the thread of a connection that is not idle
 
@@ -6215,6 +6232,7 @@ class PollingServer:
 
     def _forget(self, poller: _Poller) -> None:
         """The end of a connection; the calls that it has not fetched are for others."""
+        poller.exchange.close()
         with self._lock:
             subscription = poller.subscription
             if subscription is not None:
@@ -6222,7 +6240,6 @@ class PollingServer:
                 subscription.pollers.remove(poller)
                 self._hand_out(subscription)
                 self._tidy(subscription)
-        poller.exchange.close()
 
     def _admit(self, poller: _Poller, uri: str) -> None:
         """Let a connection fetch a subscription's calls, if it is its own. Raises
@@ -6232,6 +6249,7 @@ class PollingServer:
         pinned = self._pinned(uri)
         with self._lock:
             subscription = self._subscription(uri)
+            subscription.is_pinned = pinned is not None
             others = {other.stream.certificate for other in subscription.pollers}
             if pinned is not None and not is_pinned(stream.certificate, [pinned]):
                 reason = 'is pinned to %s' % pinned
@@ -6285,10 +6303,12 @@ class PollingServer:
                 self._wake_ends[0].recv(4096)
             with self._lock:
                 left = [poller for poller in ready if poller in self._idle and self._left(poller)]
-                left += [poller for poller in self._due() if not self._sends_null(poller)]
                 for poller in left:
                     self._take_from_idle(poller)
-            for poller in left:
+                silent = [poller for poller in self._due() if not self._sends_null(poller)]
+                for poller in silent:
+                    self._take_from_idle(poller)
+            for poller in left + silent:
                 self._forget(poller)
 
     def _left(self, poller: _Poller) -> bool:
@@ -6300,6 +6320,8 @@ class PollingServer:
                 self._give_thread(poller)  # which may wait for the rest
                 return False
             if poller.exchange.asks_for_more():
+                if poller.stream.has_more():
+                    raise ProtocolError('%s goes on after NEXT' % poller.stream.peer)
                 poller.is_asked = False
                 poller.last_seen = poller.subscription.last_seen = time.time()
                 self._stay_idle(poller)
@@ -6396,6 +6418,7 @@ class Relay:
         self._limits = limits
         self._lock = threading.Lock()
         self._streams: List[SocketStream] = []
+        self._stopping = False
         self._thread: Optional[threading.Thread] = None
 
     def start(self) -> None:
@@ -6414,6 +6437,7 @@ class Relay:
     def stop(self) -> None:
         with contextlib.suppress(FileNotFoundError):
             os.unlink(self._path)
+        self._stopping = True
         _hang_up(self._sock)
         if self._thread is not None:
             self._thread.join()
@@ -6423,12 +6447,14 @@ class Relay:
                 stream.hang_up()
 
     def _accept(self) -> None:
-        while True:
+        while not self._stopping:
             try:
                 sock, _ = self._sock.accept()
-            except OSError:
-                return  # stopped
-            start_thread('relayed call', self._serve, SocketStream(sock, 'a local client'))
+                start_thread('relayed call', self._serve, SocketStream(sock, 'a local client'))
+            except (OSError, RuntimeError) as error:  # no descriptor, or no thread, to be had
+                if not self._stopping:
+                    logger.error('A local client can not be served: %s', error)
+                    time.sleep(0.1)
 
     def _serve(self, stream: SocketStream) -> None:
         with self._lock:
@@ -6456,6 +6482,8 @@ class Relay:
 
         def take(response: Response) -> None:
             answered.append(True)
+            if response.error is not None and response.error.error_type in _RELAYED_ERRORS:
+                response.error.error_type = None  # these are for us to say
             with contextlib.suppress(ConnectionLost):  # who asked has left: read past, and go on
                 answer(response)
 
@@ -6481,7 +6509,12 @@ class Relay:
         outcome, withdraw = self._server.submit(request, take)
         done, wake = socket.socketpair()
         with done, wake:
-            outcome.add_done_callback(lambda outcome: wake.send(b'x'))
+
+            def tell(outcome: Any) -> None:
+                with contextlib.suppress(OSError):  # nobody waits any more
+                    wake.send(b'x')
+
+            outcome.add_done_callback(tell)
             events = select.poll()
             events.register(done, select.POLLIN)
             events.register(stream, 0)  # its end alone is of interest
@@ -6975,10 +7008,12 @@ def sole_holder(home: str, name: str) -> Iterator[bool]:
     with locked_folder(home):
         descriptor = os.open(os.path.join(home, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        yield True
-    except BlockingIOError:
-        yield False
+        is_sole = True
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            is_sole = False
+        yield is_sole
     finally:
         os.close(descriptor)
 
@@ -7306,7 +7341,8 @@ def _keep_polling(
     _option(
         '--max-time',
         metavar='SECONDS',
-        help='with --once: leave after this time; scripts go on, and the next run has them again',
+        help='with --once: leave after this time, or with the call that is under way then; scripts '
+        'go on, and the next run has them again',
     ),
     _option('--listen', metavar='PORT', help='be a listening tentacle as well, on this port'),
     _FILES_ROOT_OPTION,

@@ -632,6 +632,34 @@ class Peer:
         self.sock.close()
 
 
+class Subscriber(Peer):
+    """A trusted tentacle that polls for poll://one/, and sends what bytes it likes."""
+
+    def __init__(self, port, identity):
+        self.sock = dial(port, identity)
+        self.sock.sendall(b'MX\n\nMX-SUBSCRIBER 1.0 poll://one/\r\n\r\n')
+        self._buffer = b''
+        assert self.take(len(IDENTIFIED)) == IDENTIFIED
+
+    def answer(self, request, control=b'NEXT\r\n', **members):
+        self.sock.sendall(response_bytes(request_id=request['id'], **members) + control)
+
+    def answers(self):
+        """Answer all that comes, in a thread, until the end."""
+
+        def answer_all():
+            with contextlib.suppress(OSError, EOFError):
+                while True:
+                    request = self.take_message()
+                    if request is None:
+                        self.sock.sendall(b'NEXT\r\n')
+                    else:
+                        self.answer(request)
+                    self.take_line()
+
+        threading.Thread(target=answer_all).start()
+
+
 class Forwarder:
     """Stands between a dialler and a port, and does harm: `plan(number)` gives what happens to each
     connection, faults as (kind, to the server?, after how many bytes). `port`, `connections`.
@@ -4031,71 +4059,135 @@ def test_a_call_that_nobody_fetches(tmp_path, keys):
                 assert client.capabilities()
 
 
-def polls(port, identity, subscription='poll://one/'):
-    """(a bare connection that has asked to poll, the answer)"""
-    sock = dial(port, identity)
-    sock.sendall(b'MX\n\nMX-SUBSCRIBER 1.0 %s\r\n\r\n' % subscription.encode())
-    return sock, sock.recv(100)
-
-
 def test_a_subscription_is_its_tentacles_own(tmp_path, keys):
     trusted = frozenset([keys['agent'].thumbprint, keys['other'].thumbprint])
     server = tentacle.PollingServer(keys['server'], lambda: trusted, port=0)
     server.start()
-    first, answer = polls(server.port, keys['agent'])
-    assert answer == IDENTIFIED
-    again, answer = polls(server.port, keys['agent'])
-    assert answer == IDENTIFIED
-    intruder, answer = polls(server.port, keys['other'])
-    assert answer == b''
-    for sock in (first, again, intruder):
-        sock.close()
+    with Subscriber(server.port, keys['agent']), Subscriber(server.port, keys['agent']):
+        with pytest.raises(EOFError):
+            Subscriber(server.port, keys['other'])
+        assert len(server.connections()) == 2
     server.stop()
 
 
-@pytest.mark.parametrize('leave', ['close', 'cut', 'stray'])
+@pytest.mark.parametrize(
+    'leave', ['close', 'cut', 'stray bytes', 'END to null', 'bytes after NEXT']
+)
 def test_a_tentacle_that_leaves_is_missed_at_once(tmp_path, keys, leave):
-    with polled(tmp_path, keys) as server:
-        sock, _ = polls(server.port, keys['agent'])
-        eventually(server.connections)
-        if leave == 'stray':
-            sock.sendall(b'NEXT\r\n')  # not its turn
-        elif leave == 'cut':
-            sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
-        if leave != 'stray':
-            sock.close()
-        eventually(lambda: server.connections() == [], 2)
-        sock.close()
+    with polled(tmp_path, keys, keep_alive=1) as server:
+        with Subscriber(server.port, keys['agent']) as peer:
+            assert server.connections()
+            if 'null' in leave or 'NEXT' in leave:
+                assert peer.take_message() is None
+                peer.sock.sendall(b'END\r\n' if 'null' in leave else b'NEXT\r\nNEXT\r\n')
+            elif leave == 'stray bytes':
+                peer.sock.sendall(b'NEXT\r\n')  # not its turn
+            elif leave == 'cut':
+                peer.sock.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack('ii', 1, 0))
+            if leave in ('close', 'cut'):
+                peer.sock.close()
+            eventually(lambda: server.connections() == [], 0.9)
+
+
+def test_one_that_leaves_in_the_last_moment_takes_nobody_along(tmp_path, keys):
+    """Missed by its end, and by a null request that it did not answer, in one turn."""
+    with polled(tmp_path, keys, keep_alive=1.5) as server:
+        with Subscriber(server.port, keys['agent']) as peer:
+            assert peer.take_message() is None
+            threading.Event().wait(1.475)
+        with Subscriber(server.port, keys['agent']) as peer:
+            assert peer.take_message() is None
+            peer.sock.sendall(b'NEXT\r\n')
+            assert peer.take_line() == b'PROCEED\r\n'
 
 
 def test_a_null_request_that_is_not_answered(tmp_path, keys):
     with polled(tmp_path, keys, keep_alive=0.2) as server:
-        sock, _ = polls(server.port, keys['agent'])
-        with sock:
-            assert inflated(sock.recv(100)) == inflated(tentacle.NULL_MESSAGE)
-            assert received(sock) == b''
+        with Subscriber(server.port, keys['agent']) as peer:
+            assert peer.take_message() is None
+            assert peer.is_hung_up_on()
 
 
-def test_an_answer_in_pieces(tmp_path, keys):
+@pytest.mark.parametrize('pieces', [[b'N', b'EX', b'T\r', b'\n'], [b'\r\n', b'NEXT\r\n']])
+def test_an_answer_in_pieces(tmp_path, keys, pieces):
     """To a null request; and a call that comes meanwhile waits for it."""
+    with polled(tmp_path, keys, keep_alive=1) as server, server.client(ONE) as client:
+        with Subscriber(server.port, keys['agent']) as peer:
+            assert peer.take_message() is None
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                called = thread.submit(client.call, 'IScriptServiceV2', 'Nothing')
+                for piece in pieces:
+                    assert not select.select([peer.sock], [], [], 0.05)[0]
+                    peer.sock.sendall(piece)
+                assert peer.take_line() == b'PROCEED\r\n'
+                peer.answer(peer.take_message())
+                assert called.result() is None
+                assert peer.take_line() == b'PROCEED\r\n'
+
+
+def test_a_call_goes_to_the_connection_that_is_alive(tmp_path, keys):
+    """One whose network is gone looks connected still: it owes an answer to a null request."""
     with polled(tmp_path, keys, keep_alive=1) as server:
-        sock, _ = polls(server.port, keys['agent'])
-        with sock, server.client(ONE) as client:
-            assert inflated(sock.recv(100)) == inflated(tentacle.NULL_MESSAGE)
-            caller = threading.Thread(target=lambda: client.call('IScriptServiceV2', 'Nothing'))
-            caller.start()
-            for piece in (b'N', b'EX', b'T\r'):
-                sock.sendall(piece)
-                assert not select.select([sock], [], [], 0.05)[0]
-            sock.sendall(b'\n')
-            answer = b''
-            while len(answer) < 30:
-                answer += sock.recv(1000)
-            assert answer.startswith(b'PROCEED\r\n')
-            request = tentacle.decode_bson(inflated(answer[len(b'PROCEED\r\n') :]))['Message']
-            sock.sendall(response_bytes(request_id=request['id']) + b'NEXT\r\n')
-            caller.join()
-            assert sock.recv(100) == b'PROCEED\r\n'
+        with Subscriber(server.port, keys['agent']) as dead:
+            assert dead.take_message() is None
+            with Subscriber(server.port, keys['agent']) as alive:
+                alive.answers()
+                with server.client(ONE._replace(queue_timeout=0.5)) as client:
+                    assert client.call('IScriptServiceV2', 'Nothing') is None
+                alive.sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_calls_for_another_thumbprint_do_not_put_off_the_null_request(tmp_path, keys):
+    with polled(tmp_path, keys, keep_alive=0.5) as server:
+        with Subscriber(server.port, keys['agent']) as peer:
+            with server.client(ONE._replace(thumbprint='0' * 40, queue_timeout=0.05)) as client:
+                for _ in range(15):
+                    with pytest.raises(tentacle.NotDelivered):
+                        client.capabilities()
+            assert select.select([peer.sock], [], [], 0)[0]
+
+
+def test_who_takes_an_answer_and_fails_hears_of_it_alone(tmp_path, keys, caplog):
+    def fail(response):
+        raise OSError(28, 'No space left on device')
+
+    with polled(tmp_path, keys) as server, Subscriber(server.port, keys['agent']) as peer:
+        peer.answers()
+        with server.client(ONE) as client, pytest.raises(OSError, match='No space'):
+            client.call('IScriptServiceV2', 'Nothing', take=fail)
+        peer.sock.shutdown(socket.SHUT_RDWR)
+    assert 'bug' not in caplog.text
+
+
+def test_a_tentacle_can_not_say_what_the_relay_says(tmp_path, keys):
+    with polled(tmp_path, keys) as server, Subscriber(server.port, keys['agent']) as peer:
+        relay = tentacle.Relay(str(tmp_path / 'sock'), server)
+        relay.start()
+        with tentacle.RelayedClient(str(tmp_path / 'sock'), ONE, keys['server']) as client:
+            with concurrent.futures.ThreadPoolExecutor(1) as thread:
+                called = thread.submit(client.call, 'IScriptServiceV2', 'Nothing')
+                error = tentacle.ServiceError('it was not fetched', 'tentacle.py NotDelivered')
+                request = peer.take_message()
+                response = tentacle.Response(request['id'], error=error)
+                message = tentacle.response_to_message(response)[0]
+                peer.answer(request, **message)
+                with pytest.raises(tentacle.ServiceError):
+                    called.result()
+        relay.stop()
+
+
+def test_max_time_bounds_a_silent_server(tmp_path, keys):
+    with socket.create_server(('127.0.0.1', 0)) as silent:
+        agent = tentacle.PollingTentacle(
+            str(tmp_path / 'agent'),
+            keys['agent'],
+            lambda: frozenset([keys['server'].thumbprint]),
+            ['https://127.0.0.1:%d/' % silent.getsockname()[1]] * 3,
+            'poll://one/',
+        )
+        begun = time.monotonic()
+        assert agent.run_once(0.5) is False
+        assert time.monotonic() - begun < 10  # a handshake may take 60
 
 
 def test_two_hundred_faults(tmp_path, keys, caplog):
@@ -4256,6 +4348,30 @@ def test_what_max_time_leaves_is_taken_up_by_the_next(tmp_path, keys):
             thread.join()
         assert codes == [0]
         assert [line.text for line in lines if not line.remark] == ['begin', 'end']
+
+
+def test_nobody_waits_for_a_script_that_max_time_left(tmp_path, keys):
+    """Cron, or a pipe to a logger, waits until nobody has the standard streams any more."""
+    home, go = str(tmp_path / 'agent'), tmp_path / 'go'
+    thumbprint = cli('show-thumbprint', home=home)[1].strip()
+    limits = LIMITS._replace(keep_alive=0.2, linger=0.05)
+    server = tentacle.PollingServer(
+        keys['server'], lambda: frozenset([thumbprint]), port=0, limits=limits
+    )
+    server.start()
+    words = ['poll', 'https://127.0.0.1:%d/' % server.port, '--trust', keys['server'].thumbprint]
+    words += ['--subscription', 'poll://one/', '--once']
+    body = 'echo begun; while [ ! -e %s ]; do sleep 0.05; done' % shlex.quote(str(go))
+    with concurrent.futures.ThreadPoolExecutor(1) as thread, server.client(ONE) as client:
+        ran = thread.submit(client.run_script, body, print)
+        try:
+            assert cli(*words, '--max-time', '2', home=home)[0] == 0
+            assert not ran.done()
+        finally:
+            go.touch()
+        assert cli(*words, home=home)[0] == 0
+        assert ran.result() == 0
+    server.stop()
 
 
 CRON_TICKS = 60
