@@ -20,8 +20,14 @@ demo:
 	$(PYTHON) -m venv .venv
 	.venv/bin/python -m pip install --quiet --disable-pip-version-check pytest
 
+# The longest tests run beside the others, and are shown when both are done.
+LONG = cron_life or gigabytes or hundred_faults or outlive
+PYTEST = $(TEST_PYTHON) -m pytest -q -p no:cacheprovider test_tentacle.py
+
 test: $(if $(filter .venv/bin/python,$(TEST_PYTHON)),.venv/bin/pytest)
-	$(TEST_PYTHON) -m pytest -q -p no:cacheprovider test_tentacle.py
+	@long=$$(mktemp); $(PYTEST) -k '$(LONG)' > $$long 2>&1 & beside=$$!; \
+	$(PYTEST) -k 'not ($(LONG))'; failed=$$?; \
+	wait $$beside || failed=1; cat $$long; rm -f $$long; exit $$failed
 
 bench: $(if $(filter .venv/bin/python,$(TEST_PYTHON)),.venv/bin/pytest)
 	$(TEST_PYTHON) test_tentacle.py

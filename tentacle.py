@@ -3870,6 +3870,28 @@ def _receive_request(channel: socket.socket) -> Tuple[bytes, List[int]]:
     return b''.join(parts), list(descriptors)
 
 
+def _be_supervisor(channel: socket.socket, note: int, prctl: Callable[..., Any]) -> None:
+    """The forked process: take a request, say so through `note`, and serve it; never returns."""
+    try:
+        supervisor = _Supervisor(prctl)
+        line, descriptors = _receive_request(channel)
+        if line:
+            os.write(note, b't')
+            os.close(note)
+            channel.close()
+            os.dup2(1, 2)  # who reads the agent's stderr to its end waits for no script
+            request = json.loads(line.decode())
+            try:
+                supervisor.run(request, descriptors[0])
+            except Exception as error:
+                with open(
+                    Workspace(request['work'], request['ticket']).inner('failure'), 'w'
+                ) as file:
+                    file.write('%s: %s' % (type(error).__name__, error))
+    finally:
+        os._exit(0)
+
+
 def run_launcher(channel: socket.socket) -> None:
     """The launcher's life: keep a supervisor in waiting, and answer with a line when it has taken a
     request (a line of JSON, with the workspace's lock as a descriptor); until the agent is gone.
@@ -3897,28 +3919,6 @@ def run_launcher(channel: socket.socket) -> None:
         if not taken:
             return  # the agent is gone; or the supervisor, and the agent must know what it had
         channel.sendall(b'taken\n')
-
-
-def _be_supervisor(channel: socket.socket, note: int, prctl: Callable[..., Any]) -> None:
-    """The forked process: take a request, say so through `note`, and serve it; never returns."""
-    try:
-        supervisor = _Supervisor(prctl)
-        line, descriptors = _receive_request(channel)
-        if line:
-            os.write(note, b't')
-            os.close(note)
-            channel.close()
-            os.dup2(1, 2)  # who reads the agent's stderr to its end waits for no script
-            request = json.loads(line.decode())
-            try:
-                supervisor.run(request, descriptors[0])
-            except Exception as error:
-                with open(
-                    Workspace(request['work'], request['ticket']).inner('failure'), 'w'
-                ) as file:
-                    file.write('%s: %s' % (type(error).__name__, error))
-    finally:
-        os._exit(0)
 
 
 class Launcher:

@@ -4377,11 +4377,11 @@ def test_nobody_waits_for_a_script_that_max_time_left(tmp_path, keys):
 CRON_TICKS = 60
 
 
-def cron_minute(folder):
-    """A stand-in for cron, as a process beside the suite: it starts `poll --once` each second of a
-    minute, while jobs come in. Prints what came of it as JSON.
+def test_cron_life(tmp_path, keys):
+    """A stand-in for cron starts `poll --once` each second of a minute, while jobs come in: each
+    runs once, no two agents are at it at once, all results come back.
     """
-    keys = Keys(folder)
+    folder = str(tmp_path)
     home = os.path.join(folder, 'agent')
     _, environment = installed(folder)
     agent = cli('show-thumbprint', home=home)[1].strip()
@@ -4426,30 +4426,9 @@ def cron_minute(folder):
         results = [job.result() for job in jobs]
     codes = [process.wait() for process in ticks]
     server.stop()
-    print(json.dumps({'codes': codes, 'results': results, 'most': most}))
-
-
-@pytest.fixture(scope='session', autouse=True)
-def cron(request, tmp_path_factory):
-    """The minute of cron goes by while the other tests run."""
-    if not any(item.name == 'test_cron_life' for item in request.session.items):
-        yield None
-        return
-    process = subprocess.Popen(
-        [sys.executable, __file__, '--cron', str(tmp_path_factory.mktemp('cron'))],
-        stdout=subprocess.PIPE,
-    )
-    yield process
-    process.kill()
-    process.communicate()
-
-
-def test_cron_life(cron):
-    """Each job ran once, no two agents were at it at once, all results came back."""
-    outcome = json.loads(cron.communicate(timeout=120)[0])
-    assert outcome['results'] == [[0, '%d\n' % number, 'x\n'] for number in range(25)]
-    assert outcome['most'] == 1
-    assert set(outcome['codes']) == {0, 75} and len(outcome['codes']) == CRON_TICKS
+    assert results == [(0, '%d\n' % number, 'x\n') for number in range(25)]
+    assert most == 1
+    assert set(codes) == {0, 75}
 
 
 @contextlib.contextmanager
@@ -5959,7 +5938,4 @@ def bench():
 
 
 if __name__ == '__main__':
-    if sys.argv[1:2] == ['--cron']:
-        cron_minute(sys.argv[2])
-    else:
-        bench()
+    bench()
