@@ -140,6 +140,10 @@ __all__ = [
     'PolledClient',
     'PolledConnection',
     'TentacleClient',
+    'Dispatcher',
+    'TargetResult',
+    'FanOut',
+    'Targets',
     'Proxy',
     'ServiceEndPoint',
     'ScriptResult',
@@ -151,6 +155,7 @@ __all__ = [
     'ProtocolError',
     'ServiceError',
     'UsageError',
+    'Cancelled',
     'Transferred',
 ]
 
@@ -200,6 +205,10 @@ class ServiceError(TentacleError):
         super().__init__(message)
         self.error_type = error_type  #: the `HalibutErrorType` of the answer, or None
         self.details = details  #: the other side's long text, often a stack trace
+
+
+class Cancelled(TentacleError):
+    """We were asked to stop, and had it stopped there."""
 
 
 class UsageError(TentacleError):
@@ -5549,10 +5558,17 @@ class _ScriptRun:
 
     _MANY_LINES = 1000  # in one answer: there are more, so the next question follows at once
 
-    def __init__(self, calls: Any, on_line: Callable[[OutputLine], None], limits: Limits):
+    def __init__(
+        self,
+        calls: Any,
+        on_line: Callable[[OutputLine], None],
+        limits: Limits,
+        stop: threading.Event,
+    ):
         self._calls = calls
         self._on_line = on_line
         self._limits = limits
+        self._stop = stop  # our caller's wish to have it cancelled
         self._remarks = RemarkFilter()
         self._next = 0
         self._state: Optional[int] = None  # None: not known to have been started
@@ -5566,6 +5582,7 @@ class _ScriptRun:
             if not isinstance(error, KeyboardInterrupt):
                 self._on_line = lambda line: None  # it may be what failed
             if self._state is not None or not isinstance(error, TentacleError):
+                self._stop = threading.Event()  # it is fulfilled
                 self._cancel()
             raise
         self._complete()
@@ -5581,7 +5598,7 @@ class _ScriptRun:
             logger.info('%s; asking whether the script was started', error)
             status = self._ask(self._calls.status)
             if status.exit_code == UNKNOWN_TICKET_EXIT_CODE:
-                raise ConnectionLost('%s. The script was not started' % error)
+                raise NotDelivered('%s. The script was not started' % error)
             return status
 
     def _take(self, status: Any) -> int:
@@ -5604,13 +5621,17 @@ class _ScriptRun:
                 if attempt == self._limits.reconnect_attempts - 1:
                     raise
                 logger.info('%s; asking again', error)
-                time.sleep(self._limits.reconnect_pause)
+                self._pause(self._limits.reconnect_pause)
+
+    def _pause(self, seconds: float) -> None:
+        if self._stop.wait(seconds):
+            raise Cancelled('The script was cancelled')
 
     def _follow(self, ask: Callable[[], Any], deadline: float) -> None:
         quiet = new = 0
         while self._state != COMPLETE and time.monotonic() < deadline:
             if new < self._MANY_LINES:
-                time.sleep(self._PAUSES[min(quiet, len(self._PAUSES) - 1)])
+                self._pause(self._PAUSES[min(quiet, len(self._PAUSES) - 1)])
             new = self._take(ask())
             quiet = 0 if new else quiet + 1
 
@@ -5789,16 +5810,19 @@ class _Calls:
         on_line: Callable[[OutputLine], None],
         task_id: str = 'tentacle.py',
         files: Sequence[ScriptFile] = (),
+        stop: Optional[threading.Event] = None,
     ) -> int:
         """Run a script and hand on its lines as they come; its exit code. The files are put beside
         it.
 
-        Whatever ends this early (Ctrl-C, an exception of `on_line`) cancels the script there first.
+        Whatever ends this early (Ctrl-C, an exception of `on_line`; `stop` that is set, for which
+        Cancelled is raised) cancels the script there first.
         """
         calls: Any = (
             _ScriptCallsV2 if 'IScriptServiceV2' in self.capabilities() else _ScriptCallsV1
         )(self)
-        return _ScriptRun(calls, on_line, self._limits).run(body, task_id, list(files))
+        stop = stop or threading.Event()
+        return _ScriptRun(calls, on_line, self._limits, stop).run(body, task_id, list(files))
 
 
 class TentacleClient(_Calls):
@@ -6529,6 +6553,122 @@ class Relay:
                 raise NotDelivered('The server for polling tentacles was stopped')
 
 
+# -- many targets at once
+
+
+class TargetResult(NamedTuple):
+    """What became of a script on one of several targets.
+
+    `state` is ok (exit code 0), failed (another one), unreachable (it was not started), lost (its
+    end is not known), cancelled, or skipped (too many others had failed).
+    """
+
+    target: str
+    state: str
+    exit_code: Optional[int]  # None where the script's end is not known
+    seconds: float
+    error: str  # '' with ok and failed
+
+
+class FanOut:
+    """Runs something on many targets, on so many at once, in waves of `rolling` where that is
+    given; when more than `max_fail` have failed, no other one is begun.
+
+    `run_on` gets a target, and gives an exit code or raises TentacleError; it is called in threads
+    that hold nobody up who leaves. `stop` has it cancelled.
+    """
+
+    def __init__(
+        self,
+        run_on: Callable[[str], int],
+        parallel: int = 32,
+        rolling: Optional[int] = None,
+        max_fail: Optional[int] = None,
+        limits: Limits = LIMITS,
+    ):
+        import queue
+
+        self.stop = threading.Event()
+        self._run_on = run_on
+        self._parallel = parallel
+        self._rolling = rolling
+        self._max_fail = max_fail
+        self._limits = limits
+        self._lock = threading.Lock()
+        self._failures = 0
+        self._results: Any = queue.SimpleQueue()
+
+    def results(self, targets: Sequence[str]) -> Iterator[TargetResult]:
+        """One for each target, as they come; who stops asking for more has the rest cancelled."""
+        size = self._rolling or len(targets)
+        try:
+            for start in range(0, len(targets), size or 1):
+                yield from self._wave(targets[start : start + size])
+        finally:
+            self.stop.set()
+
+    def _wave(self, targets: Sequence[str]) -> Iterator[TargetResult]:
+        waiting = set(targets)
+        queue = iter(targets)
+        for _ in range(min(self._parallel, len(targets))):
+            start_thread('target', self._work, queue)
+        deadline = None
+        while waiting:
+            if self.stop.is_set() and deadline is None:
+                deadline = time.monotonic() + self._limits.cancelled_script
+            if deadline is not None and time.monotonic() > deadline:
+                for target in sorted(waiting):
+                    text = 'it does not answer; if the script was started, it may go on there'
+                    yield TargetResult(target, 'cancelled', None, 0.0, text)
+                return
+            result = self._next_result()
+            if result is not None:
+                waiting.remove(result.target)
+                yield result
+
+    def _next_result(self) -> Optional[TargetResult]:
+        import queue
+
+        try:
+            return self._results.get(timeout=0.5)  # to see that we are to stop
+        except queue.Empty:
+            return None
+
+    def _work(self, queue: Iterator[str]) -> None:
+        while True:
+            with self._lock:
+                target = next(queue, None)
+                too_many = self._max_fail is not None and self._failures > self._max_fail
+            if target is None:
+                return
+            if self.stop.is_set():
+                result = TargetResult(target, 'cancelled', None, 0.0, 'it was not begun')
+            elif too_many:
+                result = TargetResult(target, 'skipped', None, 0.0, 'too many others have failed')
+            else:
+                result = self._attempt(target)
+            with self._lock:
+                self._failures += result.state != 'ok'
+            self._results.put(result)
+
+    def _attempt(self, target: str) -> TargetResult:
+        begun = time.monotonic()
+        exit_code, error = None, ''
+        try:
+            exit_code = self._run_on(target)
+            state = 'ok' if exit_code == 0 else 'failed'
+        except Cancelled as cancelled:
+            state, error = 'cancelled', str(cancelled)
+        except (NotDelivered, UntrustedThumbprint, UsageError) as reason:
+            state, error = 'unreachable', str(reason)
+        except (TentacleError, OSError) as reason:
+            state, error = 'lost', str(reason)
+        except Exception as bug:
+            logger.exception('%s: a bug', target)
+            state, error = 'lost', 'a bug: %s' % bug
+        return TargetResult(target, state, exit_code, time.monotonic() - begun, error)
+
+
 # ---- 18. Configuration ---------------------------------------------------------------------------
 # The settings file is the original's: flat XML, one `set` a key; keys that are not ours are kept as
 # they are.
@@ -6890,11 +7030,13 @@ def _set_in_section(text: str, section: str, key: str, value: str) -> str:
 
 class Targets:
     """`<home>/targets`: the tentacles that a dispatcher knows, a section each, like ssh's
-    known_hosts.
+    known_hosts. All but the thumbprint may be left out.
 
         [web-1]
         uri = https://web-1:10933/
         thumbprint = 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3
+        groups = web, eu
+        proxy = http://proxy:3128
     """
 
     def __init__(self, home: str):
@@ -6927,13 +7069,81 @@ class Targets:
         """The endpoint of a name or of an address, with its pinned thumbprint if there is one.
         Raises UsageError.
         """
-        if self._sections.has_section(target):
-            return self._endpoint(target)
-        uri = parse_target_uri(target)
-        for endpoint in self.all().values():
-            if endpoint.uri == uri:
-                return endpoint
-        return ServiceEndPoint(uri)
+        ((_, endpoint),) = self._meant_by(target, with_patterns=False)
+        return endpoint
+
+    def choose(self, words: Iterable[str]) -> 'OrderedDict[str, ServiceEndPoint]':
+        """The endpoints that the words of a command line mean, each once, by their names: names,
+        `@group`, globs of names, addresses; and `!` ahead of one leaves those out. Raises
+        UsageError.
+        """
+        chosen: 'OrderedDict[str, ServiceEndPoint]' = OrderedDict()
+        words = list(words)
+        for word in words:
+            if not word.startswith('!'):
+                for name, endpoint in self._meant_by(word):
+                    chosen.setdefault(name, endpoint)
+        for word in words:
+            if word.startswith('!'):
+                left_out = [name for name, _ in self._meant_by(word[1:]) if name in chosen]
+                if not left_out:
+                    raise UsageError('%s leaves out nothing: is it misspelt?' % printable(word))
+                for name in left_out:
+                    del chosen[name]
+        if not chosen:
+            raise UsageError('No target is left of: %s' % printable(' '.join(words)))
+        return chosen
+
+    def _meant_by(self, word: str, with_patterns: bool = True) -> List[Tuple[str, ServiceEndPoint]]:
+        import fnmatch
+
+        everyone = self.all()
+        if word in everyone:
+            return [(word, everyone[word])]
+        if with_patterns and word.startswith('@'):
+            names = [name for name in everyone if word[1:] in self.groups(name)]
+            groups = sorted(set().union(*map(self.groups, everyone)))
+            known = 'its groups are: %s' % ', '.join(groups) if groups else 'it has no groups'
+        elif with_patterns and ('*' in word or '?' in word):
+            names = [name for name in everyone if fnmatch.fnmatchcase(name, word)]
+            known = 'its names are: %s' % ', '.join(everyone)
+        else:
+            uri = parse_target_uri(word)
+            for name, endpoint in everyone.items():
+                if endpoint.uri == uri:
+                    return [(name, endpoint)]
+            return [(word, ServiceEndPoint(uri))]
+        if not names:
+            raise UsageError(
+                'No target of %s is meant by %s; %s'
+                % (self.path, printable(word), printable(known))
+            )
+        return [(name, everyone[name]) for name in names]
+
+    def groups(self, name: str) -> FrozenSet[str]:
+        return frozenset(re.split(r'[\s,]+', self._sections[name].get('groups', ''))) - {''}
+
+    def to_call(
+        self,
+        name: str,
+        endpoint: ServiceEndPoint,
+        proxy_of: Optional[Callable[[str], Optional[Proxy]]] = None,
+        trust_command: str = 'tentacle.py trust',
+    ) -> ServiceEndPoint:
+        """A chosen target as it is called: through `proxy_of`, else the proxy of its section, else
+        that of the environment. Raises UntrustedThumbprint when nothing is pinned, UsageError.
+        """
+        if endpoint.is_polling:
+            return endpoint
+        if endpoint.thumbprint is None:
+            raise UntrustedThumbprint(
+                '%s is not known here, so it is not called. See its thumbprint and trust it: %s %s'
+                % (printable(name), trust_command, printable(name))
+            )
+        own = self._sections[name].get('proxy') if self._sections.has_section(name) else None
+        if own is not None and proxy_of is None:
+            return endpoint._replace(proxy=None if own == 'none' else parse_proxy(own))
+        return endpoint._replace(proxy=(proxy_of or proxy_of_environment)(endpoint.uri))
 
     def all(self) -> Dict[str, ServiceEndPoint]:
         """Every target by its name, in the order of the file. Raises TentacleError."""
@@ -7050,6 +7260,67 @@ def run(
 
     with TentacleClient(endpoint, our_identity(read_settings(find_settings(home)))) as client:
         return ScriptResult(client.run_script(script, take), lines)
+
+
+def relay_path(home: str) -> str:
+    """The Unix socket of the `serve` of a home directory."""
+    return os.path.join(home, 'serve.sock')
+
+
+class Dispatcher:
+    """Runs scripts on the tentacles that a home directory knows, as `exec` does: on listening ones,
+    and through the `serve` of that home on polling ones. Any thread may call.
+
+        dispatcher = tentacle.Dispatcher()
+        for result in dispatcher.run(['@web', '!web-3'], 'uptime'):
+            print(result.target, result.state, result.exit_code)
+    """
+
+    def __init__(self, home: Optional[str] = None, limits: Limits = LIMITS):
+        """`home`: default as for the command line. Raises TentacleError."""
+        self._limits = limits
+        settings = read_settings(find_settings(home))
+        self.home = settings.home
+        self.identity = our_identity(settings)
+
+    def client(self, endpoint: ServiceEndPoint) -> Any:
+        """A client for a tentacle, to be closed by its user. Raises NotDelivered."""
+        if not endpoint.is_polling:
+            return TentacleClient(endpoint, self.identity, self._limits)
+        if not os.path.exists(relay_path(self.home)):
+            raise NotDelivered(
+                '%s is a polling tentacle, and no server runs that it could poll: start '
+                '`tentacle.py serve` of %s, or give exec --listen-for-polling'
+                % (endpoint.uri, self.home)
+            )
+        return RelayedClient(relay_path(self.home), endpoint, self.identity, self._limits)
+
+    def run(
+        self,
+        targets: Iterable[str],
+        script: str,
+        files: Sequence[ScriptFile] = (),
+        on_line: Callable[[str, OutputLine], None] = lambda target, line: None,
+        parallel: int = 32,
+        rolling: Optional[int] = None,
+        max_fail: Optional[int] = None,
+    ) -> Iterator[TargetResult]:
+        """Run a script on targets (names, `@group`, globs, addresses, `!` to leave out), and give a
+        result for each as it comes; who stops asking for more has the rest cancelled.
+
+        `on_line` gets each line with its target's name, in threads of ours. `parallel`, `rolling`
+        and `max_fail` as for FanOut. Raises UsageError for the words, before anything is begun.
+        """
+        known = Targets(self.home)
+        chosen = known.choose(targets)
+
+        def run_on(name: str) -> int:
+            with self.client(known.to_call(name, chosen[name])) as client:
+                take = lambda line: on_line(name, line)
+                return client.run_script(script, take, files=files, stop=fan_out.stop)
+
+        fan_out = FanOut(run_on, parallel, rolling, max_fail, self._limits)
+        return fan_out.results(list(chosen))
 
 
 class Command(NamedTuple):
@@ -7381,10 +7652,6 @@ def _poll(arguments: Any) -> int:
         return _keep_polling(arguments, settings, agent, services, identity, trusted)
 
 
-def _relay_path(settings: Settings) -> str:
-    return os.path.join(settings.home, 'serve.sock')
-
-
 def _allow_many_descriptors() -> None:
     """A connection takes one, and the usual soft limit is 1,024."""
     import resource
@@ -7422,7 +7689,7 @@ def _serve(arguments: Any) -> int:
             )
         _allow_many_descriptors()
         server = _polling_server(arguments, settings, identity, given, port)
-        relay = Relay(_relay_path(settings), server)
+        relay = Relay(relay_path(settings.home), server)
         signals = SignalWaiter(signal.SIGTERM, signal.SIGINT)
         logger.info('tentacle.py %s, our thumbprint is %s', __version__, identity.thumbprint)
         relay.start()
@@ -7434,6 +7701,12 @@ def _serve(arguments: Any) -> int:
     return 0
 
 
+def iso_time(milliseconds: int) -> str:
+    """Milliseconds since 1970 as ISO 8601, in UTC."""
+    seconds, rest = divmod(milliseconds, 1000)
+    return time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds)) + '.%03dZ' % rest
+
+
 def _ago(seconds: float) -> str:
     for unit, size in (('d', 86400), ('h', 3600), ('min', 60)):
         if seconds >= size:
@@ -7441,42 +7714,31 @@ def _ago(seconds: float) -> str:
     return '%d s' % seconds
 
 
-@_command(
-    'targets',
-    'list the tentacles that are known here, and those that are connected to our server',
-    'tentacle.py targets',
+_JSON_OPTION = _option('--json', action='store_true', help='events on stdout, one object a line')
+_PARALLEL_OPTION = _option(
+    '-p',
+    '--parallel',
+    metavar='N',
+    default='32',
+    help='on so many targets at once (default: 32)',
 )
-def _targets(arguments: Any) -> int:
-    settings = _settings(arguments)
-    known = Targets(settings.home).all()
-    connected: List[Dict[str, Any]] = []
-    relayed = RelayedClient(
-        _relay_path(settings), ServiceEndPoint('poll://relay/'), our_identity(settings)
-    )
-    with relayed, contextlib.suppress(NotDelivered):  # no server runs
-        connected = relayed.call(RELAY_SERVICE, 'Connections')
-    names = {endpoint.uri: name for name, endpoint in known.items()}
-    rows = [('NAME', 'ADDRESS', 'THUMBPRINT', 'CONNECTED FROM', 'SINCE', 'LAST SEEN')]
-    now = time.time()
-    for entry in connected:
-        rows.append(
-            (
-                names.pop(entry['subscription'], '-'),
-                entry['subscription'],
-                entry['thumbprint'],
-                entry['address'],
-                _ago(now - entry['since']),
-                _ago(now - entry['last_seen']),
-            )
-        )
-    for uri, name in names.items():
-        rows.append((name, uri, known[name].thumbprint or '-', '-', '-', '-'))
-    widths = [max(map(len, column)) for column in zip(*rows)]
-    for row in rows:
-        say('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
-    return 0
-
-
+_TARGETS_OPTIONS = (
+    _option(
+        'targets',
+        metavar='TARGET',
+        nargs='*',
+        help='a name, @GROUP, a glob of names, HOST[:PORT], https://HOST:PORT/ or '
+        'poll://SUBSCRIPTION/; ! ahead of one leaves it out',
+    ),
+    _option(
+        '-t',
+        dest='targets_file',
+        metavar='FILE',
+        action='append',
+        default=[],
+        help='targets from a file, one a line; - is standard input',
+    ),
+)
 _CALL_OPTIONS = _PROXY_OPTIONS + (
     _option(
         '--trust',
@@ -7505,25 +7767,20 @@ def _clients(arguments: Any, settings: Settings) -> Iterator[Callable[[ServiceEn
     """What gives a client for a target: dialled, through our `serve`, or through a server of our
     own.
     """
-    identity = our_identity(settings)
+    dispatcher = Dispatcher(settings.home)
     server = None
+    lock = threading.Lock()
 
     def client_of(endpoint: ServiceEndPoint) -> Any:
         nonlocal server
-        if not endpoint.is_polling:
-            return TentacleClient(endpoint, identity)
-        if arguments.listen_for_polling is None:
-            if not os.path.exists(_relay_path(settings)):
-                raise NotDelivered(
-                    '%s is a polling tentacle, and no server runs that it could poll: start %s, or '
-                    'give --listen-for-polling' % (endpoint.uri, _program(arguments, 'serve'))
-                )
-            return RelayedClient(_relay_path(settings), endpoint, identity)
-        if server is None:
-            port = _port(arguments.listen_for_polling)
-            given = [endpoint.thumbprint] if endpoint.thumbprint else []
-            server = _polling_server(arguments, settings, identity, given, port)
-            server.start()
+        if not endpoint.is_polling or arguments.listen_for_polling is None:
+            return dispatcher.client(endpoint)
+        with lock:
+            if server is None:
+                port = _port(arguments.listen_for_polling)
+                given = [endpoint.thumbprint] if endpoint.thumbprint else []
+                server = _polling_server(arguments, settings, dispatcher.identity, given, port)
+                server.start()
         return server.client(endpoint)
 
     try:
@@ -7601,20 +7858,164 @@ def _script_files(paths: List[str]) -> List[ScriptFile]:
     return files
 
 
-def _pinned_target(arguments: Any, settings: Settings, target: str) -> ServiceEndPoint:
-    endpoint = Targets(settings.home).find(target)
+def _chosen_targets(arguments: Any, settings: Settings) -> Dict[str, ServiceEndPoint]:
+    """The targets of a command line, by their names. Raises UsageError."""
+    words = list(arguments.targets)
+    for path in arguments.targets_file:
+        try:
+            with sys.stdin if path == '-' else open(path, encoding='utf-8') as file:
+                lines = [line.partition('#')[0].strip() for line in file]
+        except (OSError, ValueError) as error:
+            raise UsageError('The targets in %s can not be read: %s' % (printable(path), error))
+        words += [line for line in lines if line]
+    if not words:
+        raise UsageError('which target? A name, @GROUP, HOST[:PORT] or poll://NAME/, or -t FILE')
+    return Targets(settings.home).choose(words)
+
+
+def _pinned(
+    arguments: Any, settings: Settings, name: str, endpoint: ServiceEndPoint
+) -> ServiceEndPoint:
+    """A target as it shall be called. Raises UsageError, UntrustedThumbprint."""
     if arguments.trust is not None:
         endpoint = endpoint._replace(thumbprint=parse_thumbprint(arguments.trust))
     if endpoint.is_polling:
         timeout = _number('--queue-timeout', arguments.queue_timeout, 1, 10**6)
         return endpoint._replace(queue_timeout=float(timeout))
-    endpoint = endpoint._replace(proxy=_proxy_chooser(arguments)(endpoint.uri))
-    if endpoint.thumbprint is None:
-        raise UntrustedThumbprint(
-            '%s is not known here, so it is not called. See its thumbprint and trust it: %s %s'
-            % (printable(target), _program(arguments, 'trust'), target)
-        )
-    return endpoint
+    proxy_of = _proxy_chooser(arguments) if arguments.proxy is not None else None
+    return Targets(settings.home).to_call(name, endpoint, proxy_of, _program(arguments, 'trust'))
+
+
+def _pinned_target(arguments: Any, settings: Settings, target: str) -> ServiceEndPoint:
+    targets = Targets(settings.home).choose([target])
+    if len(targets) > 1:
+        raise UsageError('%s means %d targets, and one is taken' % (target, len(targets)))
+    ((name, endpoint),) = targets.items()
+    return _pinned(arguments, settings, name, endpoint)
+
+
+def _connected(settings: Settings) -> List[Dict[str, Any]]:
+    """The polling tentacles that are connected to our `serve`, where one runs."""
+    relayed = RelayedClient(
+        relay_path(settings.home), ServiceEndPoint('poll://relay/'), our_identity(settings)
+    )
+    with relayed, contextlib.suppress(NotDelivered):
+        return relayed.call(RELAY_SERVICE, 'Connections')
+    return []
+
+
+def _say_table(rows: List[Tuple[str, ...]]) -> None:
+    widths = [max(map(len, column)) for column in zip(*rows)]
+    for row in rows:
+        say('  '.join(text.ljust(width) for text, width in zip(row, widths)).rstrip())
+
+
+_VERSION_SCRIPT = 'echo "${TentaclePyVersion:+tentacle.py $TentaclePyVersion, }$TentacleVersion"'
+
+
+def _check(client: Any) -> Dict[str, Any]:
+    """What a tentacle says of itself. Raises TentacleError."""
+    capabilities = client.capabilities()
+    begun = time.monotonic()
+    client.call('ICapabilitiesServiceV2', 'GetCapabilities')  # over the warm connection
+    latency = time.monotonic() - begun
+    lines: List[OutputLine] = []
+    client.run_script(_VERSION_SCRIPT, lines.append)
+    version = ScriptResult(0, lines).stdout.strip()
+    return {
+        'latency_ms': round(latency * 1000, 1),
+        'version': version,
+        'capabilities': capabilities,
+    }
+
+
+def _check_all(
+    arguments: Any, settings: Settings, targets: Dict[str, ServiceEndPoint]
+) -> Dict[str, Dict[str, Any]]:
+    """What each target says, or why it says nothing."""
+    found: Dict[str, Dict[str, Any]] = {}
+    with _clients(arguments, settings) as client_of:
+
+        def run_on(name: str) -> int:
+            with client_of(_pinned(arguments, settings, name, targets[name])) as client:
+                found[name] = _check(client)
+            return 0
+
+        fan_out = FanOut(run_on, _number('--parallel', arguments.parallel, 1, 1000))
+        for result in fan_out.results(list(targets)):
+            found.setdefault(result.target, {})
+            found[result.target].update(state=result.state, error=result.error)
+    return found
+
+
+def _say_checked(listed: List[Dict[str, Any]]) -> None:
+    rows = [('NAME', 'STATE', 'MS', 'VERSION', 'CAPABILITIES OR ERROR')]
+    for facts in listed:
+        told = ' '.join(facts.get('capabilities', [])) or facts.get('error', '')
+        latency = str(facts.get('latency_ms', '-'))
+        version = printable(facts.get('version') or '-', 60)
+        rows.append((facts['target'], facts['state'], latency, version, printable(told)))
+    _say_table(rows)
+
+
+def _say_known(listed: List[Tuple[Dict[str, Any], Dict[str, Any]]]) -> None:
+    now = time.time()
+    rows = [('NAME', 'ADDRESS', 'THUMBPRINT', 'GROUPS', 'CONNECTED FROM', 'SINCE', 'LAST SEEN')]
+    for facts, entry in listed:
+        row = [facts['target'], facts['uri'], facts['thumbprint'] or '-']
+        row += [' '.join(facts['groups']) or '-', facts['address'] or '-']
+        row += [_ago(now - entry[key]) if entry else '-' for key in ('since', 'last_seen')]
+        rows.append(tuple(row))
+    _say_table(rows)
+
+
+@_command(
+    'targets',
+    'list the tentacles that are known here, and those that are connected to our server',
+    "tentacle.py targets\n  tentacle.py targets --check @web '!web-3'",
+    *_TARGETS_OPTIONS,
+    _option('--check', action='store_true', help='ask each for its version, and how long it takes'),
+    _PARALLEL_OPTION,
+    _option('--json', action='store_true', help='one object a line'),
+    *_CALL_OPTIONS,
+)
+def _targets(arguments: Any) -> int:
+    settings = _settings(arguments)
+    known = Targets(settings.home)
+    connected = _connected(settings)
+    named = known.all()
+    targets = known.all()
+    known_uris = {endpoint.uri for endpoint in named.values()}
+    for entry in connected:
+        if entry['subscription'] not in known_uris:
+            targets[entry['subscription']] = ServiceEndPoint(
+                entry['subscription'], entry['thumbprint']
+            )
+    if arguments.targets or arguments.targets_file:
+        targets = _chosen_targets(arguments, settings)
+    checked = _check_all(arguments, settings, targets) if arguments.check else {}
+    listed = []
+    for name, endpoint in targets.items():
+        facts: Dict[str, Any] = {
+            'target': name,
+            'uri': endpoint.uri,
+            'thumbprint': endpoint.thumbprint,
+            'groups': sorted(known.groups(name)) if name in named else [],
+        }
+        own = [entry for entry in connected if entry['subscription'] == endpoint.uri]
+        for entry in own or [{}]:
+            facts = dict(facts, address=entry.get('address'))
+            for key in ('since', 'last_seen'):
+                facts[key] = entry and iso_time(int(entry[key] * 1000)) or None
+            listed.append((dict(facts, **checked.get(name, {})), entry))
+    if arguments.json:
+        for facts, _ in listed:
+            say(json.dumps(facts))
+    elif arguments.check:
+        _say_checked([facts for facts, _ in listed])
+    else:
+        _say_known(listed)
+    return int(any(facts.get('state', 'ok') != 'ok' for facts, _ in listed))
 
 
 class _LinePrinter:
@@ -7633,6 +8034,113 @@ class _LinePrinter:
             print(line.text, file=sys.stderr if line.source == STDERR else sys.stdout, flush=True)
 
 
+def _stop_at_signal(stop: threading.Event) -> List[int]:
+    """Have Ctrl-C and SIGTERM set an event; the second leaves at once. The list gets what came."""
+    came: List[int] = []
+
+    def note(number: int, frame: Any) -> None:
+        came.append(number)
+        if len(came) > 1:
+            os._exit(130)
+        os.write(2, b'Cancelling what runs; once more to leave at once\n')
+        stop.set()
+
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, note)
+    return came
+
+
+def _wants_colour(stream: Any) -> bool:
+    """On a terminal, unless NO_COLOR (no-color.org) or the terminal says otherwise."""
+    return stream.isatty() and not os.environ.get('NO_COLOR') and os.environ.get('TERM') != 'dumb'
+
+
+class _ManyPrinter:
+    """Prints what comes from several targets, each line behind the name of its own; a table at the
+    end on a terminal. Any thread may call.
+    """
+
+    _COLOURS = (36, 33, 32, 35, 34, 96, 93, 92, 95, 94)
+
+    def __init__(self, arguments: Any, names: Sequence[str]):
+        self._arguments = arguments
+        self._lock = threading.Lock()
+        self._names = list(names)
+        self._width = min(max(map(len, names)), 30)
+        self._coloured = _wants_colour(sys.stdout)
+        self._kept: Dict[str, List[OutputLine]] = {name: [] for name in names}
+
+    def line(self, name: str, line: OutputLine) -> None:
+        if self._arguments.quiet or line.remark and not self._arguments.verbose:
+            return
+        with self._lock:
+            if self._arguments.group_output and not self._arguments.json:
+                self._kept[name].append(line)
+            else:
+                self._print(name, line)
+
+    def _print(self, name: str, line: OutputLine) -> None:
+        if self._arguments.json:
+            source = 'remark' if line.remark else 'stderr' if line.source == STDERR else 'stdout'
+            self._event('line', name, source=source, time=iso_time(line.occurred), text=line.text)
+            return
+        stream = sys.stderr if line.remark or line.source == STDERR else sys.stdout
+        print('%s %s' % (self._label(name), line.text), file=stream, flush=True)
+
+    def _label(self, name: str) -> str:
+        label = '%-*s |' % (self._width, printable(name, self._width))
+        if not self._coloured:
+            return label
+        colour = self._COLOURS[self._names.index(name) % len(self._COLOURS)]
+        return '\x1b[%dm%s\x1b[0m' % (colour, label)
+
+    def _event(self, event: str, name: str, **facts: Any) -> None:
+        say(json.dumps(dict({'event': event, 'target': name}, **facts)))
+
+    def result(self, result: TargetResult) -> None:
+        with self._lock:
+            for line in self._kept.pop(result.target, ()):
+                self._print(result.target, line)
+            if self._arguments.json:
+                facts = dict(result._asdict(), seconds=round(result.seconds, 3))
+                del facts['target']
+                self._event('result', result.target, **facts)
+            elif self._arguments.quiet:
+                code = '-' if result.exit_code is None else result.exit_code
+                say('%s %s' % (result.target, code))
+            if result.error and not self._arguments.json:
+                _complain('%s: %s' % (result.target, result.error))
+
+    def summary(self, results: List[TargetResult]) -> None:
+        """The table, failures last; and on every way their names."""
+        if self._arguments.json:
+            return
+        failed = [result for result in results if result.state != 'ok']
+        if sys.stderr.isatty() and not self._arguments.quiet:
+            self._table([result for result in results if result.state == 'ok'] + failed)
+        if failed:
+            names = ', '.join(result.target for result in failed)
+            _complain('%d of %d failed: %s' % (len(failed), len(results), names))
+
+    def _table(self, results: List[TargetResult]) -> None:
+        import shutil
+
+        columns = max(shutil.get_terminal_size().columns, 30)
+        width = min(max(len('TARGET'), *(len(name) for name in self._names)), columns - 29)
+        row = '%-*s  %-11s  %4s  %7s'
+        print(row % (width, 'TARGET', 'STATE', 'CODE', 'SECONDS'), file=sys.stderr)
+        coloured = _wants_colour(sys.stderr)
+        for result in results:
+            code = '-' if result.exit_code is None else str(result.exit_code)
+            name = (
+                result.target if len(result.target) <= width else result.target[: width - 1] + '…'
+            )
+            text = row % (width, name, result.state, code, '%.1f' % result.seconds)
+            if coloured and result.state != 'ok':
+                text = '\x1b[31m%s\x1b[0m' % text
+            print(text, file=sys.stderr, flush=True)
+
+
 _EXIT_CODE_MEANINGS = {
     FATAL_EXIT_CODE: 'the tentacle could not run it, or not write its log',
     CANCELED_EXIT_CODE: 'it was cancelled',
@@ -7641,32 +8149,13 @@ _EXIT_CODE_MEANINGS = {
 }
 
 
-@_command(
-    'exec',
-    'run a script on a tentacle, and see its output as it comes',
-    'tentacle.py exec web-1 -- uptime\n  tentacle.py exec web-1 -- "df -h | tail -3"\n'
-    '  tentacle.py exec web-1 --script deploy.sh --file app.conf',
-    _option(
-        'target',
-        metavar='TARGET',
-        help='name, HOST[:PORT], https://HOST:PORT/ or poll://SUBSCRIPTION/',
-    ),
-    _option('--script', metavar='FILE', help='the script; - is standard input'),
-    _option(
-        '--file',
-        metavar='FILE',
-        action='append',
-        default=[],
-        help='put it beside the script, whose working directory that is; may be repeated',
-    ),
-    *_CALL_OPTIONS,
-    words='-- COMMAND: one word is a line for the shell, several are a command and its arguments',
-)
-def _exec(arguments: Any) -> int:
-    script = _read_script(arguments)
-    files = _script_files(arguments.file)
-    settings = _settings(arguments)
-    endpoint = _pinned_target(arguments, settings, arguments.target)
+def _exec_on_one(
+    arguments: Any,
+    settings: Settings,
+    endpoint: ServiceEndPoint,
+    script: str,
+    files: List[ScriptFile],
+) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with _clients(arguments, settings) as client_of, client_of(endpoint) as client:
         exit_code = client.run_script(script, _LinePrinter(arguments.verbose), files=files)
@@ -7677,6 +8166,72 @@ def _exec(arguments: Any) -> int:
             file=sys.stderr,
         )
     return exit_code if 0 <= exit_code <= 255 else exit_code & 0xFF or 1
+
+
+def _exec_on_many(
+    arguments: Any,
+    settings: Settings,
+    targets: Dict[str, ServiceEndPoint],
+    script: str,
+    files: List[ScriptFile],
+) -> int:
+    rolling = arguments.rolling and _number('--rolling', arguments.rolling, 1, 10**6)
+    max_fail = arguments.max_fail and _number('--max-fail', arguments.max_fail, 0, 10**6)
+    parallel = _number('--parallel', arguments.parallel, 1, 1000)
+    printer = _ManyPrinter(arguments, list(targets))
+    with _clients(arguments, settings) as client_of:
+
+        def run_on(name: str) -> int:
+            endpoint = _pinned(arguments, settings, name, targets[name])
+            with client_of(endpoint) as client:
+                on_line = lambda line: printer.line(name, line)
+                return client.run_script(script, on_line, files=files, stop=fan_out.stop)
+
+        fan_out = FanOut(run_on, parallel, rolling, max_fail)
+        signals = _stop_at_signal(fan_out.stop)
+        results = []
+        for result in fan_out.results(list(targets)):
+            results.append(result)
+            printer.result(result)
+    printer.summary(results)
+    return 130 if signals else int(any(result.state != 'ok' for result in results))
+
+
+@_command(
+    'exec',
+    'run a script on tentacles, and see its output as it comes',
+    'tentacle.py exec web-1 -- uptime\n  tentacle.py exec web-1 -- "df -h | tail -3"\n'
+    '  tentacle.py exec web-1 --script deploy.sh --file app.conf\n'
+    "  tentacle.py exec @web 'db-*' '!db-3' --rolling 5 --max-fail 1 --script deploy.sh",
+    *_TARGETS_OPTIONS,
+    _PARALLEL_OPTION,
+    _option('--script', metavar='FILE', help='the script; - is standard input'),
+    _option(
+        '--file',
+        metavar='FILE',
+        action='append',
+        default=[],
+        help='put it beside the script, whose working directory that is; may be repeated',
+    ),
+    _option('--rolling', metavar='N', help='in waves of N targets, one after the other'),
+    _option('--max-fail', metavar='K', help='begin no other target when more than K have failed'),
+    _option('--group-output', action='store_true', help="each target's lines together, at its end"),
+    _option('--quiet', action='store_true', help='no output, but each target with its exit code'),
+    _JSON_OPTION,
+    *_CALL_OPTIONS,
+    words='-- COMMAND: one word is a line for the shell, several are a command and its arguments',
+)
+def _exec(arguments: Any) -> int:
+    script = _read_script(arguments)
+    files = _script_files(arguments.file)
+    settings = _settings(arguments)
+    targets = _chosen_targets(arguments, settings)
+    if len(targets) == 1 and not (arguments.json or arguments.quiet):
+        ((name, endpoint),) = targets.items()
+        return _exec_on_one(
+            arguments, settings, _pinned(arguments, settings, name, endpoint), script, files
+        )
+    return _exec_on_many(arguments, settings, targets, script, files)
 
 
 def _remote_place(text: str) -> Tuple[str, str]:
@@ -7783,28 +8338,111 @@ class _TransferReport:
             self._event('failed', error=str(error))
 
 
+class _OneBar:
+    """The bar of several transfers together. Any thread may call."""
+
+    def __init__(self, name: str, path: str, total: int):
+        self._lock = threading.Lock()
+        self._done: Dict[Any, int] = {}
+        self._report = _TransferReport(False, name, path, total)
+
+    def progress(self, which: Any, done: int) -> None:
+        with self._lock:
+            self._done[which] = done
+            self._report.progress(sum(self._done.values()))
+
+    @contextlib.contextmanager
+    def aside(self) -> Iterator[None]:
+        """Something else is said meanwhile."""
+        with self._lock:
+            self._report.clear()
+            yield
+
+
 @contextlib.contextmanager
-def _file_to_send(name: str) -> Iterator[BinaryIO]:
-    """A file of ours, or a copy of standard input, whose length the wire wants to know first."""
+def _file_to_send(name: str) -> Iterator[Callable[[], BinaryIO]]:
+    """What opens a file of ours, or a copy of standard input, whose length the wire wants to know
+    first.
+    """
     if name != '-':
-        with _open_file(name) as file:
-            yield file
+        yield lambda: _open_file(name)
         return
     import shutil
     import tempfile
 
-    with tempfile.TemporaryFile() as copy:
+    with tempfile.NamedTemporaryFile() as copy:
         shutil.copyfileobj(sys.stdin.buffer, copy, _COPY_STEP)
-        yield copy  # type: ignore[misc]
+        copy.flush()
+        yield lambda: open(copy.name, 'rb', buffering=0)  # type: ignore[return-value]
 
 
-_JSON_OPTION = _option('--json', action='store_true', help='events on stdout, one object a line')
+def _upload_to_one(
+    arguments: Any,
+    client: Any,
+    open_file: Callable[[], BinaryIO],
+    name: str,
+    path: str,
+    on_progress: Optional[Callable[[int], None]] = None,
+    aside: Callable[[], Any] = contextlib.ExitStack,
+) -> None:
+    """Raises what `upload` of a client does."""
+    with open_file() as file:
+        report = _TransferReport(arguments.json, name, path, file.seek(0, os.SEEK_END))
+        try:
+            result = client.upload(file, path, on_progress or report.progress)
+            with aside():
+                report.done(result, 'Uploaded to %s:%s' % (name, printable(result.path)))
+        except TentacleError as error:
+            report.failed(error)
+            raise
+        finally:
+            report.clear()
+
+
+def _upload_to_many(
+    arguments: Any,
+    settings: Settings,
+    client_of: Callable[[ServiceEndPoint], Any],
+    open_file: Callable[[], BinaryIO],
+    places: Dict[str, Tuple[str, str, ServiceEndPoint]],
+) -> int:
+    with open_file() as file:
+        total = file.seek(0, os.SEEK_END)
+    file_name = os.path.basename(arguments.file)
+    bar = _OneBar('%d targets' % len(places), file_name, total * len(places))
+
+    def run_on(place: str) -> int:
+        name, path, endpoint = places[place]
+
+        def progress(done: int) -> None:
+            if fan_out.stop.is_set():
+                raise Cancelled('it was cancelled')
+            bar.progress(place, done)
+
+        with client_of(_pinned(arguments, settings, name, endpoint)) as client:
+            on_progress = None if arguments.json else progress
+            _upload_to_one(arguments, client, open_file, name, path, on_progress, bar.aside)
+        return 0
+
+    fan_out = FanOut(run_on, _number('--parallel', arguments.parallel, 1, 1000))
+    signals = _stop_at_signal(fan_out.stop)
+    failed = []
+    for result in fan_out.results(list(places)):
+        if result.state != 'ok':
+            failed.append(result.target)
+            with bar.aside():
+                _complain('%s: %s' % (result.target, result.error))
+    with bar.aside():
+        if failed:
+            _complain('%d of %d failed: %s' % (len(failed), len(places), ', '.join(failed)))
+    return 130 if signals else int(bool(failed))
 
 
 @_command(
     'upload',
     'copy a file to tentacles',
     'tentacle.py upload app.tgz web-1:/opt/app.tgz web-2:/opt/app.tgz\n'
+    '  tentacle.py upload app.tgz @web:/opt/app.tgz\n'
     '  pg_dump shop | tentacle.py upload - backup:/srv/shop.sql',
     _option('file', metavar='FILE', help='the file; - is standard input'),
     _option(
@@ -7813,31 +8451,30 @@ _JSON_OPTION = _option('--json', action='store_true', help='events on stdout, on
         nargs='+',
         help='where to; a relative path is under the home directory of the tentacle',
     ),
+    _PARALLEL_OPTION,
     _JSON_OPTION,
     *_CALL_OPTIONS,
 )
 def _upload(arguments: Any) -> int:
-    places = [_remote_place(text) for text in arguments.places]
     settings = _settings(arguments)
-    endpoints = [_pinned_target(arguments, settings, target) for target, _ in places]
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
-    exit_code = 0
-    with _file_to_send(arguments.file) as file, _clients(arguments, settings) as client_of:
-        total = file.seek(0, os.SEEK_END)
-        for (target, path), endpoint in zip(places, endpoints):
-            report = _TransferReport(arguments.json, target, path, total)
-            try:
-                with client_of(endpoint) as client:
-                    result = client.upload(file, path, report.progress)
-                report.done(result, 'Uploaded to %s:%s' % (target, printable(result.path)))
-            except TentacleError as error:
-                report.clear()
-                report.failed(error)
-                _complain('%s: %s' % (target, error))
-                exit_code = 1
-            finally:
-                report.clear()
-    return exit_code
+    targets = Targets(settings.home)
+    places = OrderedDict()
+    for text in arguments.places:
+        target, path = _remote_place(text)
+        for name, endpoint in targets.choose([target]).items():
+            places['%s:%s' % (name, path)] = name, path, endpoint
+    with _file_to_send(arguments.file) as open_file, _clients(arguments, settings) as client_of:
+        if len(places) > 1:
+            return _upload_to_many(arguments, settings, client_of, open_file, places)
+        ((name, path, endpoint),) = places.values()
+        signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
+        try:
+            with client_of(_pinned(arguments, settings, name, endpoint)) as client:
+                _upload_to_one(arguments, client, open_file, name, path)
+        except TentacleError as error:
+            _complain('%s: %s' % (name, error))
+            return error.exit_code
+    return 0
 
 
 @contextlib.contextmanager
@@ -8243,6 +8880,14 @@ _COMMON_OPTIONS = (
 )
 
 
+def _nearest(word: str, words: Iterable[str]) -> str:
+    """A hint at what may be meant, or ''."""
+    import difflib
+
+    near = difflib.get_close_matches(word, words, 1)
+    return '; did you mean %s?' % near[0] if near else ''
+
+
 def _parse_command_line(argv: List[str]) -> Tuple[Optional[Command], Any]:
     """(verb, its arguments); (None, None) when there is none. Only the parser of that verb is
     built.
@@ -8264,7 +8909,10 @@ def _parse_command_line(argv: List[str]) -> Tuple[Optional[Command], Any]:
         overview.add_argument('command', nargs='?', help=argparse.SUPPRESS)
         name = overview.parse_known_args(argv)[0].command
         if name is not None:
-            overview.error('%s is no command; tentacle.py --help lists them' % printable(name))
+            near = _nearest(name, COMMANDS)
+            overview.error(
+                '%s is no command; tentacle.py --help lists them%s' % (printable(name), near)
+            )
         overview.print_help()
         return None, None
     parser = argparse.ArgumentParser(
@@ -8276,7 +8924,11 @@ def _parse_command_line(argv: List[str]) -> Tuple[Optional[Command], Any]:
     for names, settings in verb.options + _COMMON_OPTIONS:
         parser.add_argument(*names, **settings)
     cut = argv.index('--') if verb.words and '--' in argv else len(argv)
-    arguments = parser.parse_args(argv[1:cut])
+    arguments, unknown = parser.parse_known_args(argv[1:cut])
+    if unknown:
+        names = [name for option in parser._actions for name in option.option_strings]
+        near = _nearest(unknown[0].partition('=')[0], names)
+        parser.error('%s is not known here%s' % (printable(' '.join(unknown)), near))
     arguments.words = argv[cut + 1 :]
     return verb, arguments
 

@@ -5029,6 +5029,85 @@ def test_a_file_that_was_damaged_is_told_of(keys):
                 client.upload(io.BytesIO(b'content'), '/x')
 
 
+# -- many targets at once
+
+
+def test_waves_and_failures():
+    at_once, most, begun = set(), [0], []
+    lock = threading.Lock()
+
+    def run_on(target):
+        with lock:
+            begun.append(target)
+            at_once.add(target)
+            most[0] = max(most[0], len(at_once))
+        threading.Event().wait(0.01)
+        with lock:
+            at_once.remove(target)
+        return int(target in ('t3', 't4'))
+
+    names = ['t%d' % number for number in range(10)]
+    results = list(tentacle.FanOut(run_on, parallel=4).results(names))
+    assert sorted(result.target for result in results) == names and most[0] == 4
+    most[0] = 0
+    results = list(tentacle.FanOut(run_on, rolling=2).results(names))
+    assert most[0] <= 2 and len(results) == 10
+    for number in range(0, 10, 2):
+        assert {result.target for result in results[number : number + 2]} == set(
+            names[number : number + 2]
+        )
+    del begun[:]
+    results = list(tentacle.FanOut(run_on, rolling=2, max_fail=1).results(names))
+    states = {result.target: result.state for result in results}
+    assert sorted(begun) == names[:6]  # the second failure comes in the third wave
+    assert [states[name] for name in names[3:7]] == ['failed', 'failed', 'ok', 'skipped']
+
+
+def test_a_hundred_targets_of_which_some_are_ill(shared_agent, tmp_path, keys):
+    """One slow or dead host delays nobody, and each is told of by itself."""
+    home = tmp_path / 'home'
+    dispatcher = tentacle.Dispatcher(str(home), LIMITS._replace(handshake=1, cancelled_script=3))
+    cli('configure', '--trust', dispatcher.identity.thumbprint, home=shared_agent.home)
+    silent, dropping = [socket.create_server(('127.0.0.1', 0)) for _ in range(2)]
+
+    def drop():
+        with contextlib.suppress(OSError):
+            while True:
+                dropping.accept()[0].close()
+
+    dropper = threading.Thread(target=drop)
+    dropper.start()
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        refusing = server.getsockname()[1]
+    kinds = {'good': shared_agent.port, 'wrong': shared_agent.port, 'refusing': refusing}
+    kinds.update(silent=silent.getsockname()[1], dropping=dropping.getsockname()[1])
+    lines = []
+    for number in range(100):
+        kind = list(kinds)[1 + number % 4] if number % 5 == 0 else 'good'
+        thumbprint = '0' * 40 if kind == 'wrong' else shared_agent.identity.thumbprint
+        lines.append('[%s-%d]' % (kind, number))
+        lines.append('uri = https://127.0.0.1:%d/' % kinds[kind])
+        lines.append('thumbprint = %s\ngroups = all' % thumbprint)
+    (home / 'targets').write_text('\n'.join(lines) + '\n')
+    output = []
+    take = lambda target, line: line.remark or output.append((target, line.text))
+    results = list(dispatcher.run(['@all'], 'echo hi', on_line=take))
+    dropping.shutdown(socket.SHUT_RDWR)
+    for sock in (silent, dropping):
+        sock.close()
+    dropper.join()
+    assert len(results) == 100
+    for result in results:
+        kind = result.target.partition('-')[0]
+        assert result.state == ('ok' if kind == 'good' else 'unreachable')
+        words = {'wrong': 'IDENTITY', 'refusing': 'refuses', 'silent': 'handshake'}
+        assert words.get(kind, '') in result.error
+    good = [result.target for result in results if result.state == 'ok']
+    assert sorted(output) == sorted((target, 'hi') for target in good) and len(good) == 80
+    # Not at the end: the silent ones take their time for a handshake.
+    assert [result.state for result in results[-2:]] == ['unreachable'] * 2
+
+
 # ---- 18. Configuration ---------------------------------------------------------------------------
 
 ORIGINALS_SETTINGS = '''\ufeff<?xml version="1.0" encoding="utf-8"?>
@@ -5183,6 +5262,73 @@ def test_targets_by_name_and_by_address(tmp_path):
     assert targets.find('other').thumbprint is None
 
 
+MANY_TARGETS = '''# ours
+[web-1]
+uri = https://web-1/
+groups = web, eu
+[web-2]
+groups = web us
+proxy = http://proxy:3128
+[db]
+uri = poll://db/
+groups = eu
+'''
+
+
+@pytest.mark.parametrize(
+    'words, names',
+    [
+        ('web-1', 'web-1'),
+        ('https://web-1:10933/ db', 'web-1 db'),
+        ('@web', 'web-1 web-2'),
+        ('@eu web-2 web-1', 'web-1 db web-2'),
+        ('web-*', 'web-1 web-2'),
+        ('*', 'web-1 web-2 db'),
+        ('* !web-1', 'web-2 db'),
+        ('* !@web', 'db'),
+        ('!db *', 'web-1 web-2'),
+        ('other:5', 'other:5'),
+        ('[::1]', '[::1]'),
+    ],
+)
+def test_choosing_targets(tmp_path, words, names):
+    (tmp_path / 'targets').write_text(MANY_TARGETS)
+    chosen = tentacle.Targets(str(tmp_path)).choose(words.split())
+    assert list(chosen) == names.split()
+
+
+@pytest.mark.parametrize(
+    'words, error',
+    [
+        ('@nix', 'groups are: eu, us, web'),
+        ('nix-*', 'names are: web-1, web-2, db'),
+        ('* !web-3', 'misspelt'),
+        ('!db', 'leaves out nothing'),
+        ('db !db', 'No target is left'),
+        ('ftp://x/', 'expected'),
+    ],
+)
+def test_targets_that_mean_nothing(tmp_path, words, error):
+    (tmp_path / 'targets').write_text(MANY_TARGETS)
+    with pytest.raises(tentacle.UsageError, match=error):
+        tentacle.Targets(str(tmp_path)).choose(words.split())
+
+
+def test_the_proxy_of_a_target(tmp_path, monkeypatch):
+    (tmp_path / 'targets').write_text(MANY_TARGETS)
+    targets = tentacle.Targets(str(tmp_path))
+    monkeypatch.setenv('HTTPS_PROXY', 'http://general:1')
+
+    def proxy(name, proxy_of=None):
+        endpoint = targets.find(name)._replace(thumbprint='0' * 40)
+        return targets.to_call(name, endpoint, proxy_of).proxy
+
+    assert proxy('web-1').host == 'general'
+    assert proxy('web-2').host == 'proxy'
+    assert proxy('web-2', lambda uri: None) is None
+    assert proxy('db') is None
+
+
 def test_pinning_keeps_the_rest_of_the_file(tmp_path):
     (tmp_path / 'targets').write_text(TARGETS)
     tentacle.Targets(str(tmp_path)).pin(
@@ -5203,6 +5349,174 @@ def test_pinning_keeps_the_rest_of_the_file(tmp_path):
 
 
 # ---- 19. Command line ----------------------------------------------------------------------------
+
+
+@pytest.fixture
+def several(dispatcher, shared_agent):
+    """The home of a dispatcher that knows web-1, web-2 and a-target-with-a-long-name, in group
+    live, and gone, which refuses connections.
+    """
+    home, _ = dispatcher
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        refusing = server.getsockname()[1]
+    sections = ''
+    for name in ('web-1', 'web-2', 'a-target-with-a-long-name', 'gone'):
+        port = refusing if name == 'gone' else shared_agent.port
+        sections += '[%s]\nuri = https://127.0.0.1:%d/\nthumbprint = %s\n' % (
+            name,
+            port,
+            shared_agent.identity.thumbprint,
+        )
+        sections += 'groups = live\n' if name != 'gone' else ''
+    with open(os.path.join(home, 'targets'), 'w') as file:
+        file.write(sections)
+    return home
+
+
+def test_exec_on_several(several):
+    code, out, err = cli('exec', '@live', 'gone', '--', 'echo hi; echo err >&2', home=several)
+    assert code == 1
+    names = ['a-target-with-a-long-name |', 'web-1                     |']
+    names.append(names[1].replace('1', '2'))
+    assert sorted(out.splitlines()) == [name + ' hi' for name in names]
+    for name in names:
+        assert name + ' err\n' in err
+    assert 'gone: 127.0.0.1:' in err and '1 of 4 failed: gone' in err
+    assert cli('exec', 'web-*', '--', 'true', home=several) == (0, '', '')
+    code, out, _ = cli('exec', 'web-*', '--quiet', '--', 'echo hi; exit 3', home=several)
+    assert (code, sorted(out.splitlines())) == (1, ['web-1 3', 'web-2 3'])
+
+
+def test_lines_of_a_target_together(several):
+    body = 'for i in 1 2 3; do echo $i; sleep 0.3; done'
+    _, out, _ = cli('exec', 'web-*', '--group-output', '--', body, home=several)
+    numbers = [line.split(' | ') for line in out.splitlines()]
+    assert [number for _, number in numbers] == ['1', '2', '3'] * 2
+    assert len({name for name, _ in numbers[:3]}) == len({name for name, _ in numbers[3:]}) == 1
+
+
+def test_results_as_events(several):
+    code, out, err = cli('exec', 'web-1', 'gone', '--json', '--', 'echo hi; exit 3', home=several)
+    assert (code, err) == (1, '')
+    events = {}
+    for line in out.splitlines():
+        event = json.loads(line)
+        events[event['event'], event['target']] = event
+    line, result = events['line', 'web-1'], events['result', 'web-1']
+    assert list(line) == ['event', 'target', 'source', 'time', 'text']
+    assert (line['source'], line['text']) == ('stdout', 'hi')
+    assert re.match(r'\d{4}-\d\d-\d\dT\d\d:\d\d:\d\d\.\d{3}Z\Z', line['time'])
+    assert list(result) == ['event', 'target', 'state', 'exit_code', 'seconds', 'error']
+    assert (result['state'], result['exit_code']) == ('failed', 3)
+    gone = events['result', 'gone']
+    assert (gone['state'], gone['exit_code']) == ('unreachable', None) and gone['error']
+
+
+def test_targets_from_a_file(several, tmp_path):
+    (tmp_path / 'list').write_text('# ours\nweb-1\n\nweb-2  # too\n')
+    code, out, _ = cli('exec', '-t', str(tmp_path / 'list'), '--', 'echo hi', home=several)
+    assert (code, sorted(out.splitlines())) == (0, ['web-1 | hi', 'web-2 | hi'])
+    code, _, err = cli('exec', '-t', str(tmp_path / 'none'), '--', 'echo hi', home=several)
+    assert code == 2 and str(tmp_path / 'none') in err
+
+
+def test_ctrl_c_cancels_on_all(several, shared_agent):
+    command = [
+        sys.executable,
+        PROGRAM,
+        'exec',
+        '--home',
+        several,
+        'web-*',
+        '--',
+        'echo on; sleep 99',
+    ]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    lines = {process.stdout.readline() for _ in range(2)}
+    assert lines == {b'web-1 | on\n', b'web-2 | on\n'}
+    process.send_signal(signal.SIGINT)
+    out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and out == b''
+    assert b'once more' in err and b'2 of 2 failed: web-' in err and b'was cancelled' in err
+    work = os.path.join(shared_agent.home, 'Work')
+    eventually(lambda: not os.listdir(work))
+
+
+def test_ctrl_c_twice_leaves_at_once(several):
+    body = 'trap "" TERM; echo on; for i in 1 2 3 4 5 6 7 8 9; do sleep 0.5; done'
+    command = [sys.executable, PROGRAM, 'exec', '--home', several, 'web-*', '--', body]
+    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    process.stdout.readline()
+    process.send_signal(signal.SIGINT)
+    assert b'once more' in process.stderr.readline()
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=1.5)  # the script is deaf for 2 s
+    assert process.returncode == 130
+
+
+@pytest.mark.parametrize('columns', [80, 40])
+@pytest.mark.parametrize('coloured', [True, False])
+def test_a_table_on_a_terminal(several, columns, coloured):
+    command = [sys.executable, PROGRAM, 'exec', '--home', several, '@live', 'gone', '--', 'echo hi']
+    environment = {'TERM': 'xterm', 'NO_COLOR': '' if coloured else '1'}
+    code, shown = on_terminal(command, columns, **environment)
+    assert code == 1 and ('\x1b[' in shown) == coloured
+    plain = re.sub('\x1b\\[[0-9;]*m', '', shown).replace('\r', '').splitlines()
+    start = next(i for i, line in enumerate(plain) if line.startswith('TARGET'))
+    table = plain[start:]
+    assert all(len(line) < columns for line in table[:5])
+    assert re.match(r'gone +unreachable +- +\d', table[4]), table  # failures come last
+    assert {line[:5] for line in table[1:4]} == {'web-1', 'web-2', 'a-tar'}
+    assert table[5] == 'tentacle.py: 1 of 4 failed: gone'
+    if coloured:
+        assert '\x1b[31mgone' in shown and '\x1b[36m' in shown
+
+
+def test_upload_to_several(several, tmp_path):
+    (tmp_path / 'file').write_bytes(b'content')
+    places = ['web-%d:%s' % (number, tmp_path / str(number)) for number in (1, 2)]
+    code, out, err = cli('upload', str(tmp_path / 'file'), *places, 'gone:/x', home=several)
+    assert code == 1 and 'gone:/x: ' in err and '1 of 3 failed: gone:/x' in err
+    assert sorted(line.split(' (')[0] for line in out.splitlines()) == [
+        'Uploaded to ' + place for place in places
+    ]
+    for number in (1, 2):
+        assert (tmp_path / str(number)).read_bytes() == b'content'
+    place = '@live:%s' % (tmp_path / 'same')
+    assert cli('upload', '-', place, home=several, stdin=b'piped')[0] == 0
+    assert (tmp_path / 'same').read_bytes() == b'piped'
+
+
+def test_one_bar_for_several(several, tmp_path):
+    (tmp_path / 'file').write_bytes(bytes(40 << 20))
+    place = '@live:%s' % (tmp_path / 'copy')
+    command = [sys.executable, PROGRAM, 'upload', '--home', several, str(tmp_path / 'file'), place]
+    code, shown = on_terminal(command)
+    assert code == 0 and '3 targets' in shown and 'of 125.8 MB' in shown
+
+
+def test_targets_are_checked(several):
+    code, out, err = cli('targets', '--check', 'web-1', 'gone', home=several)
+    assert code == 1
+    (_, good, bad) = out.splitlines()
+    assert re.match(
+        r'web-1 +ok +[\d.]+ +tentacle.py [\d.]+, 9[\d.]+ +IScriptService IFile.* IScriptServiceV2',
+        good,
+    )
+    assert re.match('gone +unreachable +- +- +.*refuses', bad)
+    code, out, _ = cli('targets', '--json', home=several)
+    facts = [json.loads(line) for line in out.splitlines()]
+    assert [fact['target'] for fact in facts[-4:]][0] == 'web-1'
+    assert facts[-4]['groups'] == ['live'] and facts[-4]['address'] is None
+
+
+@pytest.mark.parametrize(
+    'words, hint',
+    [(['exce'], 'did you mean exec?'), (['exec', '--gruop-output'], 'mean --group-output?')],
+)
+def test_what_may_be_meant(words, hint):
+    code, _, err = cli(*words)
+    assert code == 2 and hint in err
 
 
 def test_trust_shows_asks_and_keeps(shared_agent, tmp_path):
