@@ -57,6 +57,7 @@ Sections, in the order of the file; a definition uses only what stands above it:
 # imported where it is used: an idle agent then fits in half the memory, and starts sooner.
 
 import os
+import signal
 import sys
 
 #: Verbs that stay for long. CPython keeps the syntax tree of a script for as long as it runs, for
@@ -78,6 +79,10 @@ def module_command(*arguments: str) -> list:
     return [sys.executable] + options + ['-c', _RUN_AS_MODULE, program] + list(arguments)
 
 
+if __name__ == '__main__':
+    if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import: until `main`
+
 if __name__ == '__main__' and '_as_module' not in globals() and __spec__ is None:
     if sys.argv[1:2] and sys.argv[1] in _RESIDENT_VERBS:
         os.execv(sys.executable, module_command(*sys.argv[1:]))
@@ -97,7 +102,6 @@ import re
 import secrets
 import select
 import selectors
-import signal
 import socket
 import socketserver
 import ssl
@@ -264,6 +268,13 @@ class Limits(NamedTuple):
     log_line: int = 32 << 10  # characters of one log entry: a line without end is cut
     log_answer_lines: int = 10000  # of one status answer; the client asks again for the rest
     log_answer_bytes: int = 4 << 20  # the same in bytes of the log
+
+    def __repr__(self) -> str:
+        """Short, since it stands in many signatures."""
+        changed = [
+            name for name, value in self._asdict().items() if value != self._field_defaults[name]
+        ]
+        return 'Limits(%s)' % ', '.join('%s=%r' % (name, getattr(self, name)) for name in changed)
 
 
 LIMITS = Limits()
@@ -1431,22 +1442,25 @@ def _open_tunnel(sock: socket.socket, proxy: Proxy, target: str, limits: Limits)
         )
     if status == 200:
         return
-    if status == 407:
+    if status in (401, 407):
         reason = (
-            'refuses user %s (407): check the user and the password' % proxy.user
+            'refuses user %s (%d): check the user and the password' % (proxy.user, status)
             if proxy.user
-            else 'wants a user and a password (407): --proxy http://USER@HOST:PORT with '
-            '--proxy-password-file'
+            else 'wants a user and a password (%d): --proxy http://USER@HOST:PORT with '
+            '--proxy-password-file' % status
         )
     elif status == 403:
         reason = 'does not allow CONNECT to %s (403): its administrator can permit it' % target
-    elif status in (502, 503, 504):
+    elif status in (500, 502, 503, 504):
         reason = 'can not reach %s (%d): check that name and port, as the proxy sees them' % (
             target,
             status,
         )
     else:
-        reason = 'answers CONNECT %s with status %d, where 200 was expected' % (target, status)
+        reason = (
+            'answers CONNECT %s with status %d, where 200 was expected: is it an HTTP proxy, and '
+            'may that port be reached through it?' % (target, status)
+        )
     raise NotDelivered('The proxy %s %s' % (proxy, reason))
 
 
@@ -5037,7 +5051,9 @@ class SecureListener(socketserver.TCPServer):
                 error.thumbprint or 'THUMBPRINT',
             )
         except ConnectionLost as error:
-            wire_logger.info('%s: %s', peer, error)
+            wire_logger.info(
+                '%s', error if str(error).startswith(peer) else '%s: %s' % (peer, error)
+            )
         except ProtocolError as error:
             logger.warning('%s: closed, it does not keep to the protocol: %s', peer, error)
         except Exception:  # a bug; this connection ends, the listener lives
@@ -5337,7 +5353,11 @@ class PollingTentacle:
     ) -> bool:
         """One connection from dial to end; whether it was we who left. Never raises."""
 
+        is_identified = False
+
         def identified() -> None:
+            nonlocal is_identified
+            is_identified = True
             back_off.succeeded()
             self._reached = True
             logger.info('%s: connected, polling for %s', stream.peer, self.subscription)
@@ -5354,14 +5374,17 @@ class PollingTentacle:
                     self.subscription, self._services.handle, identified, self._patience, goes_on
                 )
             return True
-        except UntrustedThumbprint as error:
-            hint = ''
-            if error.thumbprint:
-                hint = '. To trust it: %s %s' % (self._trust_command, error.thumbprint)
-            logger.warning('%s%s', error, hint)
         except TentacleError as error:
+            hint = ''
+            if getattr(error, 'thumbprint', None):
+                hint = '. To trust it: %s %s' % (self._trust_command, error.thumbprint)
+            elif not (is_identified or isinstance(error, NotDelivered)):
+                hint = '. Does it trust us? On the server: tentacle.py trust %s %s' % (
+                    self.subscription,
+                    self._identity.thumbprint,
+                )
             if not self._stopping and time.monotonic() < self._deadline:
-                logger.warning('%s', error)
+                logger.warning('%s%s', error, hint)
         except Exception:  # a bug; this connection ends, the next is dialled
             logger.exception('%s: ended by a bug', uri)
         return False
@@ -5829,6 +5852,9 @@ class TentacleClient(_Calls):
     """Calls the services of a listening tentacle, over warm connections where there are some. Any
     thread may call.
 
+        identity = tentacle.create_identity('/tmp/dispatcher/tentacle.pem')
+        endpoint = tentacle.ServiceEndPoint(
+            'https://localhost:10933/', '6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3')
         with tentacle.TentacleClient(endpoint, identity) as client:
             print(client.capabilities())
 
@@ -5880,8 +5906,8 @@ class TentacleClient(_Calls):
             if isinstance(error, (ConnectionLost, UntrustedThumbprint)):
                 kind = NotDelivered if isinstance(error, ConnectionLost) else UntrustedThumbprint
                 raise kind(
-                    '%s (%s). Does it trust us? On it: tentacle.py configure --trust %s'
-                    % (stream.peer, error, self._identity.thumbprint)
+                    '%s. Does it trust us? On it: tentacle.py configure --trust %s'
+                    % (error, self._identity.thumbprint)
                 )
             if isinstance(error, ProtocolError):
                 raise ProtocolError(
@@ -6161,7 +6187,10 @@ class PollingServer:
         elif subscription.last_seen is not None:
             reason = 'it was last seen %.0f s ago' % (time.time() - subscription.last_seen)
         else:
-            reason = 'it has not polled since this server was started'
+            reason = (
+                'it has not polled since this server was started: `tentacle.py targets` shows who '
+                'does'
+            )
         return NotDelivered(
             '%s did not fetch the call within %g s: %s'
             % (subscription.uri, request.endpoint.queue_timeout, reason)
@@ -6422,7 +6451,10 @@ class RelayedClient(TentacleClient):
                 sock.connect(address)
                 return SocketStream(sock, self._path)
         except OSError as error:
-            raise NotDelivered('No server runs at %s: %s' % (self._path, error.strerror))
+            raise NotDelivered(
+                'No server for polling tentacles runs at %s (%s): start `tentacle.py serve`, or '
+                'give --listen-for-polling' % (self._path, error.strerror)
+            )
 
     def _deliver(self, request: Request, take: Optional[Callable[[Response], None]]) -> Response:
         response = super()._deliver(request, take)
@@ -6489,7 +6521,7 @@ class Relay:
             handler = lambda request, answer: self._hand_on(stream, request, answer)
             MessageExchange(stream, limits=self._limits).as_server(handler)
         except TentacleError as error:
-            wire_logger.info('%s: %s', stream.peer, error)
+            wire_logger.info('%s', error)
         finally:
             with self._lock:
                 self._streams.remove(stream)
@@ -7251,6 +7283,8 @@ def run(
         print(result.exit_code, result.stdout)
     """
     endpoint = ServiceEndPoint(parse_target_uri(uri), parse_thumbprint(thumbprint))
+    if endpoint.is_polling:
+        raise UsageError('%s is a polling tentacle: Dispatcher.run calls those' % endpoint.uri)
     lines: List[OutputLine] = []
 
     def take(line: OutputLine) -> None:
@@ -7368,14 +7402,16 @@ def _settings(arguments: Any) -> Settings:
     return read_settings(find_settings(arguments.home))
 
 
-def _program(arguments: Any, verb: str) -> str:
-    """A command line of ours for a person to copy."""
+def _program(arguments: Any, command: str) -> str:
+    """A command line of ours for a person to copy, in any shell."""
     import shlex
 
-    words = ['python3', os.path.abspath(__file__)] + verb.split()
-    if arguments.home:
-        words += ['--home', os.path.abspath(arguments.home)]
-    return ' '.join(shlex.quote(word) for word in words)
+    verb, *rest = command.split()
+    words = ['python3', os.path.abspath(__file__), verb]
+    home = arguments.home or os.environ.get('TENTACLE_HOME')
+    if home:
+        words += ['--home', os.path.abspath(home)]
+    return ' '.join(shlex.quote(word) for word in words + rest)
 
 
 def _port(text: str) -> int:
@@ -7409,6 +7445,14 @@ class SignalWaiter:
     def wait(self) -> int:
         """The number of the signal that came."""
         return self._reader.recv(1)[0]
+
+
+def _stop_signals() -> List[int]:
+    """What ends a resident verb: also the end of its terminal, but under nohup."""
+    ends = [signal.SIGTERM, signal.SIGINT]
+    if signal.getsignal(signal.SIGHUP) != signal.SIG_IGN:
+        ends.append(signal.SIGHUP)
+    return ends
 
 
 _TRUST_OPTION = _option(
@@ -7452,6 +7496,8 @@ def _proxy_chooser(arguments: Any) -> Callable[[str], Optional[Proxy]]:
             raise UsageError('--proxy-password-file needs --proxy http://USER@HOST:PORT')
         return proxy_of_environment
     chosen = None if arguments.proxy == 'none' else parse_proxy(arguments.proxy, password)
+    if password is not None and not (chosen and chosen.user):
+        raise UsageError('--proxy-password-file needs --proxy http://USER@HOST:PORT')
     return lambda uri: chosen
 
 
@@ -7523,7 +7569,7 @@ def _listen(arguments: Any) -> int:
     services = _agent_services(arguments, settings)
     agent = _listener(arguments, settings, services, identity, trusted, port)
     _say_trusted(arguments, identity, trusted)
-    signals = SignalWaiter(signal.SIGTERM, signal.SIGINT)
+    signals = SignalWaiter(*_stop_signals())
     services.start()
     _start_listening(agent)
     logger.info('Stopping: %s', signal.Signals(signals.wait()).name)
@@ -7625,15 +7671,23 @@ def _poll(arguments: Any) -> int:
     max_time = float('inf')
     if arguments.max_time is not None:
         max_time = _number('--max-time', arguments.max_time, 1, 10**9)
+    if arguments.max_time is not None and not arguments.once:
+        raise UsageError('--max-time is for --once')
     if arguments.once and arguments.listen is not None:
         raise UsageError('--once leaves when its work is done, so it can not --listen')
+    for url in arguments.servers:
+        if re.match(r'(?!https://)\w+://', url):
+            raise UsageError('%s is no server: https://HOST:PORT/ expected' % printable(url))
     proxy_of = _proxy_chooser(arguments)
     settings = _settings(arguments)
     identity = our_identity(settings)
     trusted = TrustedThumbprints(settings.path, given)
     with sole_holder(settings.home, 'poll.lock') as is_sole:
         if not is_sole:
-            _complain('another `tentacle.py poll` of %s is still at it' % settings.home)
+            _complain(
+                'another `tentacle.py poll` of %s is still at it; a host may have several with '
+                '--home DIR' % settings.home
+            )
             return _BUSY
         subscription = arguments.subscription and parse_subscription(arguments.subscription)
         services = _agent_services(arguments, settings)
@@ -7690,7 +7744,7 @@ def _serve(arguments: Any) -> int:
         _allow_many_descriptors()
         server = _polling_server(arguments, settings, identity, given, port)
         relay = Relay(relay_path(settings.home), server)
-        signals = SignalWaiter(signal.SIGTERM, signal.SIGINT)
+        signals = SignalWaiter(*_stop_signals())
         logger.info('tentacle.py %s, our thumbprint is %s', __version__, identity.thumbprint)
         relay.start()
         server.start()
@@ -7780,6 +7834,8 @@ def _clients(arguments: Any, settings: Settings) -> Iterator[Callable[[ServiceEn
                 port = _port(arguments.listen_for_polling)
                 given = [endpoint.thumbprint] if endpoint.thumbprint else []
                 server = _polling_server(arguments, settings, dispatcher.identity, given, port)
+                if not arguments.verbose:
+                    logger.setLevel(logging.WARNING)  # who comes is of no interest
                 server.start()
         return server.client(endpoint)
 
@@ -7801,6 +7857,8 @@ def _read_script(arguments: Any) -> str:
     if words:
         import shlex
 
+        if not ' '.join(words).strip():
+            raise UsageError('The command is empty')
         return words[0] if len(words) == 1 else ' '.join(shlex.quote(word) for word in words)
     name = 'standard input' if arguments.script == '-' else arguments.script
     try:
@@ -7828,8 +7886,8 @@ def _open_file(path: str) -> BinaryIO:
         name = os.path.basename(os.path.abspath(path))
         raise UsageError(
             '%s is a directory, and files go one by one. Send it as an archive, and unpack that '
-            'there with tar: tar czf %s.tgz %s; then upload it, then exec TARGET -- tar xzf %s.tgz'
-            % (path, name, path, name)
+            'there with tar: tar czf %s.tgz %s; upload %s.tgz TARGET:/tmp/%s.tgz; '
+            'exec TARGET -- tar xzf /tmp/%s.tgz -C /WHERE' % (path, name, path, name, name, name)
         )
     try:
         file = open(path, 'rb', buffering=0)
@@ -7896,6 +7954,8 @@ def _pinned_target(arguments: Any, settings: Settings, target: str) -> ServiceEn
 
 def _connected(settings: Settings) -> List[Dict[str, Any]]:
     """The polling tentacles that are connected to our `serve`, where one runs."""
+    if not os.path.exists(relay_path(settings.home)):
+        return []
     relayed = RelayedClient(
         relay_path(settings.home), ServiceEndPoint('poll://relay/'), our_identity(settings)
     )
@@ -8246,6 +8306,11 @@ def _remote_place(text: str) -> Tuple[str, str]:
         raise UsageError(
             '%s is no place of a file: TARGET:PATH expected, like web-1:/etc/motd' % printable(text)
         )
+    if re.match(r'[0-9]{1,5}\Z', match.group(2)):
+        raise UsageError(
+            '%s names no file: TARGET:PATH expected, like %s:/tmp/file (or :./%s)'
+            % (printable(text), printable(text), match.group(2))
+        )
     return match.group(1), match.group(2)
 
 
@@ -8492,6 +8557,8 @@ def _file_to_receive(name: str, remote_path: str) -> Iterator[BinaryIO]:
         with open(path, 'wb') as device:
             yield device  # type: ignore[misc]
     else:
+        if not os.path.isdir(os.path.dirname(path)):
+            raise UsageError('There is no folder %s for it' % printable(os.path.dirname(path)))
         folder = os.open(os.path.dirname(path), os.O_RDONLY | os.O_DIRECTORY)
         try:
             details = file_details(folder, os.path.basename(path), path)
@@ -8547,7 +8614,9 @@ def _trust_target(arguments: Any, settings: Settings) -> int:
     if arguments.thumbprint is not None:
         thumbprint = parse_thumbprint(arguments.thumbprint)
         targets.pin(arguments.target, endpoint._replace(thumbprint=thumbprint))
-        say('Pinned in %s' % targets.path)
+        old = endpoint.thumbprint
+        instead = ', in the place of %s' % old if old not in (None, thumbprint) else ''
+        say('Pinned in %s%s' % (targets.path, instead))
         return 0
     if endpoint.is_polling:
         raise UsageError(
@@ -8603,6 +8672,8 @@ def _trust(arguments: Any) -> int:
             raise UsageError('a target')
         thumbprint = parse_thumbprint(arguments.target)
     except UsageError:
+        if re.match(r'[0-9A-Fa-f:\s]{30,}\Z', arguments.target) and '::' not in arguments.target:
+            raise  # a thumbprint that is not whole
         return _trust_target(arguments, settings)
     change_trust(settings.path, add=[thumbprint])
     say('Trusted to call this host: ' + thumbprint)
@@ -8864,6 +8935,7 @@ class _Demo:
 def _demo(arguments: Any) -> int:
     import tempfile
 
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with tempfile.TemporaryDirectory(prefix='tentacle-demo-') as folder:
         return _Demo(folder).run()
 
@@ -8959,6 +9031,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # or each supervisor would keep it open
         run_launcher(channel)
         return 0
+    if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     verb, arguments = _parse_command_line(list(sys.argv[1:] if argv is None else argv))
     if verb is None:
         return 2

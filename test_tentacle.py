@@ -3871,6 +3871,11 @@ def polling(tmp_path, keys, port, host='127.0.0.1', proxy=None, connections=1, *
 ONE = tentacle.ServiceEndPoint('poll://one/')
 
 
+def request_of(number):
+    """A request for poll://one/ with this id."""
+    return tentacle.Request(str(number), 'IScriptServiceV2', 'Nothing', [], uuid.uuid4(), ONE)
+
+
 @contextlib.contextmanager
 def a_proxy(tmp_path, user=None):
     """tinyproxy; skips where there is none."""
@@ -4135,6 +4140,67 @@ def test_a_call_goes_to_the_connection_that_is_alive(tmp_path, keys):
                 with server.client(ONE._replace(queue_timeout=0.5)) as client:
                     assert client.call('IScriptServiceV2', 'Nothing') is None
                 alive.sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_call_that_meets_a_dead_connection_goes_to_another(tmp_path, keys):
+    with polled(tmp_path, keys) as server:
+        with Subscriber(server.port, keys['agent']) as dead:
+            with Subscriber(server.port, keys['agent']) as alive:
+                alive.answers()
+                eventually(lambda: len(server._idle) == 2)
+                poller = server._subscriptions['poll://one/'].pollers[0]
+                poller.stream.has_more = lambda: True  # it ends in this moment
+                poller.last_seen += 60
+                with server.client(ONE._replace(queue_timeout=5)) as client:
+                    assert client.call('IScriptServiceV2', 'Nothing') is None
+                assert dead.is_hung_up_on()
+                alive.sock.shutdown(socket.SHUT_RDWR)
+
+
+def test_a_call_behind_another_goes_to_the_next_connection(tmp_path, keys):
+    """One thread lingers for two calls that come at once."""
+    with polled(tmp_path, keys, linger=5) as server, server.client(ONE) as client:
+        call = lambda _=None: client.call('IScriptServiceV2', 'Nothing')
+        with Subscriber(server.port, keys['agent']) as first:
+            with concurrent.futures.ThreadPoolExecutor(2) as threads:
+                eventually(lambda: server._idle)
+                before = threads.submit(call)
+                first.answer(first.take_message())
+                assert first.take_line() == b'PROCEED\r\n'
+                before.result()
+                with Subscriber(server.port, keys['agent']) as second:
+                    eventually(lambda: server._idle)
+                    calls = [server.submit(request_of(number))[0] for number in range(2)]
+                    requests = [peer.take_message() for peer in (first, second)]
+                    first.answer(requests[0])
+                    second.answer(requests[1])
+                    assert [outcome.result(5).id for outcome in calls] == ['0', '1']
+
+
+def test_a_call_that_is_withdrawn_leaves_nothing(tmp_path, keys):
+    with polled(tmp_path, keys) as server:
+        outcome, withdraw = server.submit(request_of(1))
+        assert withdraw() and outcome.cancelled()
+        assert not server._subscriptions
+
+
+def test_a_connection_that_came_about_ends_the_back_off(tmp_path, keys, monkeypatch):
+    delays = []
+
+    class Noted(tentacle.BackOff):
+        def failed(self, now):
+            delays.append(super().failed(now))
+            return delays[-1]
+
+    monkeypatch.setattr(tentacle, 'BackOff', Noted)
+    with polled(tmp_path, keys) as server:
+        plan = lambda number: [('cut', False, 4000)] if number <= 3 else []
+        with Forwarder(server.port, plan) as between, server.client(ONE) as client:
+            with polling(tmp_path, keys, between.port, least_back_off=0.001):
+                while between.connections <= 3:
+                    with contextlib.suppress(tentacle.ConnectionLost):
+                        client.call('ICapabilitiesServiceV2', 'GetCapabilities')
+    assert delays[:3] == [0.001] * 3
 
 
 def test_calls_for_another_thumbprint_do_not_put_off_the_null_request(tmp_path, keys):
