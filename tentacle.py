@@ -6118,6 +6118,14 @@ class PollingServer:
             ]
         return sorted(listed, key=lambda connection: connection.since)
 
+    def last_seen(self, uri: str) -> Optional[float]:
+        """When a pinned subscription was polled last, in seconds since 1970; None: not since we
+        began.
+        """
+        with self._lock:
+            subscription = self._subscriptions.get(uri)
+            return subscription and subscription.last_seen
+
     def client(self, endpoint: ServiceEndPoint) -> PolledClient:
         """A client for a subscription's tentacle, connected or not."""
         return PolledClient(self, endpoint, self._limits)
@@ -6530,6 +6538,9 @@ class Relay:
     def _hand_on(
         self, stream: SocketStream, request: Request, answer: Callable[[Response], None]
     ) -> None:
+        if request.service == RELAY_SERVICE and request.method == 'LastSeen':
+            answer(Response(request.id, self._server.last_seen(str(*request.params))))
+            return
         if request.service == RELAY_SERVICE:
             listed = [connection._asdict() for connection in self._server.connections()]
             answer(Response(request.id, listed))
@@ -8209,15 +8220,63 @@ _EXIT_CODE_MEANINGS = {
 }
 
 
+class _Patience:
+    """Tells a person at a terminal, after some seconds, which targets have not answered yet."""
+
+    _SECONDS = 3.0
+
+    def __init__(self, settings: Settings, targets: Dict[str, ServiceEndPoint]):
+        self._settings = settings
+        self._waiting = OrderedDict(targets)
+        self._timer = threading.Timer(self._SECONDS, self._tell)
+        self._timer.daemon = True
+        if sys.stderr.isatty():
+            self._timer.start()
+
+    def answered(self, name: str) -> None:
+        """Any thread may call."""
+        self._waiting.pop(name, None)
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+    def _tell(self) -> None:
+        waiting = list(self._waiting.items())
+        if len(waiting) == 1:
+            _complain('waiting for %s' % self._what(*waiting[0]))
+        elif waiting:
+            names = ', '.join(name for name, _ in waiting[:5])
+            more = ' and %d others' % (len(waiting) - 5) if len(waiting) > 5 else ''
+            _complain('waiting for %s%s' % (names, more))
+
+    def _what(self, name: str, endpoint: ServiceEndPoint) -> str:
+        if not endpoint.is_polling:
+            return '%s to answer' % name
+        path = relay_path(self._settings.home)
+        seen = None
+        with contextlib.suppress(TentacleError):
+            with RelayedClient(path, endpoint, our_identity(self._settings)) as client:
+                seen = client.call(RELAY_SERVICE, 'LastSeen', endpoint.uri)
+        if seen is None:
+            return '%s to poll; it has not been seen yet' % name
+        return '%s to poll, last seen %s ago' % (name, _ago(time.time() - seen))
+
+
 def _exec_on_one(
     arguments: Any,
     settings: Settings,
+    name: str,
     endpoint: ServiceEndPoint,
     script: str,
     files: List[ScriptFile],
 ) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     with _clients(arguments, settings) as client_of, client_of(endpoint) as client:
+        patience = _Patience(settings, {name: endpoint})
+        try:
+            client.capabilities()
+        finally:
+            patience.end()
         exit_code = client.run_script(script, _LinePrinter(arguments.verbose), files=files)
     if exit_code < 0:
         print(
@@ -8244,15 +8303,20 @@ def _exec_on_many(
         def run_on(name: str) -> int:
             endpoint = _pinned(arguments, settings, name, targets[name])
             with client_of(endpoint) as client:
+                client.capabilities()
+                patience.answered(name)
                 on_line = lambda line: printer.line(name, line)
                 return client.run_script(script, on_line, files=files, stop=fan_out.stop)
 
         fan_out = FanOut(run_on, parallel, rolling, max_fail)
         signals = _stop_at_signal(fan_out.stop)
+        patience = _Patience(settings, targets)
         results = []
         for result in fan_out.results(list(targets)):
+            patience.answered(result.target)
             results.append(result)
             printer.result(result)
+        patience.end()
     printer.summary(results)
     return 130 if signals else int(any(result.state != 'ok' for result in results))
 
@@ -8288,9 +8352,8 @@ def _exec(arguments: Any) -> int:
     targets = _chosen_targets(arguments, settings)
     if len(targets) == 1 and not (arguments.json or arguments.quiet):
         ((name, endpoint),) = targets.items()
-        return _exec_on_one(
-            arguments, settings, _pinned(arguments, settings, name, endpoint), script, files
-        )
+        endpoint = _pinned(arguments, settings, name, endpoint)
+        return _exec_on_one(arguments, settings, name, endpoint, script, files)
     return _exec_on_many(arguments, settings, targets, script, files)
 
 
@@ -8950,6 +9013,79 @@ _COMMON_OPTIONS = (
     ),
     _option('-v', '--verbose', action='store_true', help='say more, on stderr'),
 )
+_BASH_COMPLETION = '''\
+_tentacle_py() {
+    local word=${COMP_WORDS[COMP_CWORD]} home names
+    if [ "$COMP_CWORD" = 1 ]; then
+        COMPREPLY=($(compgen -W "@VERBS@" -- "$word"))
+        return
+    fi
+    case "${COMP_WORDS[1]}:$word" in
+@OPTIONS@
+    *)
+        for home in "$TENTACLE_HOME" ~/.tentacle /etc/octopus/default; do
+            if [ -n "$home" ] && [ -r "$home/targets" ]; then
+                names=$(sed -n 's/^\\[\\(.*\\)\\]$/\\1/p' "$home/targets")
+                COMPREPLY=($(compgen -W "$names" -- "$word"))
+                break
+            fi
+        done
+        COMPREPLY+=($(compgen -f -- "$word"))
+    esac
+}
+complete -F _tentacle_py tentacle.py
+'''
+
+
+def _long_options(command: Command) -> List[str]:
+    return [
+        name for names, _ in command.options + _COMMON_OPTIONS for name in names if name[:2] == '--'
+    ]
+
+
+def _bash_completion() -> str:
+    options = [
+        '    %s:-*) COMPREPLY=($(compgen -W "%s" -- "$word")) ;;'
+        % (command.name, ' '.join(_long_options(command)))
+        for command in COMMANDS.values()
+    ]
+    text = _BASH_COMPLETION.replace('@VERBS@', ' '.join(COMMANDS))
+    return text.replace('@OPTIONS@', '\n'.join(options))
+
+
+def _fish_completion() -> str:
+    import shlex
+
+    lines = []
+    for command in COMMANDS.values():
+        lines.append(
+            'complete -c tentacle.py -n __fish_use_subcommand -f -a %s -d %s'
+            % (command.name, shlex.quote(command.help))
+        )
+        for name in _long_options(command):
+            lines.append(
+                'complete -c tentacle.py -n "__fish_seen_subcommand_from %s" -l %s'
+                % (command.name, name[2:])
+            )
+    return '\n'.join(lines) + '\n'
+
+
+@_command(
+    'completion',
+    'print what completes the commands, options and targets in a shell',
+    'tentacle.py completion bash >> ~/.bashrc\n'
+    '  tentacle.py completion fish > ~/.config/fish/completions/tentacle.py.fish',
+    _option('shell', choices=('bash', 'zsh', 'fish'), help='for which shell'),
+)
+def _completion(arguments: Any) -> int:
+    if arguments.shell == 'fish':
+        text = _fish_completion()
+    else:
+        text = _bash_completion()
+    if arguments.shell == 'zsh':
+        text = 'autoload -U +X bashcompinit && bashcompinit\n' + text
+    sys.stdout.write(text)
+    return 0
 
 
 def _nearest(word: str, words: Iterable[str]) -> str:

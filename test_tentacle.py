@@ -4368,6 +4368,28 @@ def test_dial_now(tmp_path, keys):
     server.stop()
 
 
+def test_sighup_has_it_dial_at_once(tmp_path, keys):
+    home, log = tmp_path / 'agent', tmp_path / 'log'
+    thumbprint = cli('show-thumbprint', home=home)[1].strip()
+    with socket.create_server(('127.0.0.1', 0)) as place:
+        port = place.getsockname()[1]
+    command = ['poll', 'https://127.0.0.1:%d/' % port, '--trust', keys['server'].thumbprint]
+    with open(str(log), 'wb') as file:
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM] + command + ['--home', str(home)],
+            stdout=subprocess.DEVNULL,
+            stderr=file,
+        )
+    eventually(lambda: b'refuses connections' in log.read_bytes())
+    server = tentacle.PollingServer(keys['server'], lambda: frozenset([thumbprint]), port=port)
+    server.start()
+    process.send_signal(signal.SIGHUP)
+    eventually(server.connections, 4)  # the back-off alone takes 5 s
+    process.terminate()
+    assert process.wait(10) == 0
+    server.stop()
+
+
 def test_once_does_all_work_and_leaves(tmp_path, keys):
     with polled(tmp_path, keys, keep_alive=0.2) as server:
         agent = tentacle.PollingTentacle(
@@ -4531,6 +4553,7 @@ def test_serve_and_poll_as_commands(tmp_path, keys):
         )
         try:
             assert cli('exec', 'one', '--', 'echo hi; exit 3', home=home) == (3, 'hi\n', '')
+            assert stat.S_IMODE((home / 'serve.sock').stat().st_mode) == 0o600
             assert cli(*poll, home=agent_home)[0] == 75
             (tmp_path / 'in').write_bytes(b'content')
             place = 'poll://one/:%s' % (tmp_path / 'out')
@@ -5580,6 +5603,48 @@ def test_targets_are_checked(several):
 
 
 @pytest.mark.parametrize(
+    'words, completed',
+    [
+        (['ex'], 'exec'),
+        (['exec', '--gro'], '--group-output'),
+        (['exec', 'web'], 'web-1 web-2'),
+        (['exec', '--rolling', '2', 'gon'], 'gone'),
+    ],
+)
+def test_completion_in_bash(several, words, completed):
+    script = cli('completion', 'bash')[1] + 'COMP_WORDS=(tentacle.py %s); COMP_CWORD=%d; ' % (
+        ' '.join(words),
+        len(words),
+    )
+    script += '_tentacle_py; echo "${COMPREPLY[@]}"'
+    environment = dict(os.environ, TENTACLE_HOME=several)
+    done = subprocess.run(
+        ['bash', '-c', script], stdout=subprocess.PIPE, env=environment, cwd=several
+    )
+    assert done.stdout.decode().strip() == completed
+
+
+@pytest.mark.parametrize('shell', ['bash', 'zsh', 'fish'])
+def test_completion_is_sound(shell):
+    code, out, _ = cli('completion', shell)
+    assert code == 0 and all(name in out for name in tentacle.COMMANDS)
+    if shutil.which(shell):
+        done = subprocess.run([shell, '-n'], input=out.encode(), stderr=subprocess.PIPE)
+        assert (done.returncode, done.stderr) == (0, b'')
+
+
+def test_what_a_long_call_waits_for(several, tmp_path):
+    """Of one it is said how long ago it was seen, of several who they are."""
+    cli('trust', 'poll://slow/', '0' * 40, home=several)
+    with serving(several):
+        command = [sys.executable, PROGRAM, 'exec', '--home', several, '--queue-timeout', '4']
+        code, shown = on_terminal(command + ['slow', '--', 'x'])
+        assert code == 1 and 'waiting for slow to poll; it has not been seen yet' in shown
+        code, shown = on_terminal(command + ['slow', 'web-1', '--', 'sleep 4'])
+        assert code == 1 and 'waiting for slow to poll; it has' in shown
+
+
+@pytest.mark.parametrize(
     'words, hint',
     [(['exce'], 'did you mean exec?'), (['exec', '--gruop-output'], 'mean --group-output?')],
 )
@@ -6210,6 +6275,61 @@ sys.stdin.read()
 '''
 
 
+A_HANDFUL_OF_TENTACLES = '''
+import sys, tentacle
+pem, home, trusted, count = sys.argv[1:]
+identity = tentacle.load_identity(pem)
+services = tentacle.AgentServices(home)
+services.start()
+for number in range(int(count)):
+    agent = tentacle.ListeningTentacle(
+        services, identity, lambda: frozenset([trusted]), '127.0.0.1', 0
+    )
+    agent.start()
+    print(agent.port, flush=True)
+sys.stdin.read()
+'''
+
+
+def bench_fan_out(folder, keys):
+    """A script on 100 listening tentacles, in five processes."""
+    home = os.path.join(folder, 'fan-out')
+    program, environment = installed(folder)
+    thumbprint = cli('show-thumbprint', home=home)[1].strip()
+    processes, sections = [], ''
+    for number in range(5):
+        arguments = [keys['agent'].path, os.path.join(folder, 'hosts-%d' % number), thumbprint]
+        process = subprocess.Popen(
+            [sys.executable, '-c', A_HANDFUL_OF_TENTACLES] + arguments + ['20'],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            cwd=os.path.dirname(PROGRAM),
+        )
+        processes.append(process)
+        for host in range(20):
+            port = int(process.stdout.readline())
+            sections += '[host-%d-%d]\nuri = https://127.0.0.1:%d/\nthumbprint = %s\n' % (
+                number,
+                host,
+                port,
+                keys['agent'].thumbprint,
+            )
+    with open(os.path.join(home, 'targets'), 'w') as file:
+        file.write(sections)
+    command = [sys.executable, program, 'exec', '--home', home, '*', '--', 'true']
+    run = lambda: subprocess.run(command, env=environment, check=True)
+    run()
+    loop = 'for i in $(seq 100); do bash -c true; done'
+    text = 'a shell loop of `bash -c true` %.2f'
+    text %= median_ms(lambda: subprocess.run(['bash', '-c', loop]), 3) / 1000
+    measured('`true` on 100 listening tentacles', 's', median_ms(run, 5) / 1000, text, '')
+    for process in processes:
+        process.stdin.close()
+        process.kill()
+        process.wait()
+        process.stdout.close()
+
+
 def bare_handshakes(identity, count):
     """Seconds of so many handshakes with client certificates, each after the other, between a
     process that does nothing else and this one.
@@ -6310,6 +6430,7 @@ def bench():
         bench_start_and_idle(folder, keys)
         bench_polling(folder, keys)
         bench_a_thousand(folder, keys)
+        bench_fan_out(folder, keys)
         for part in (bench_calls, bench_files, bench_scripts, bench_logs, bench_memory_of_scripts):
             home = os.path.join(folder, part.__name__)
             agent = Agent(home, '--trust', keys['server'].thumbprint)
