@@ -127,6 +127,7 @@ from typing import (
     NamedTuple,
     Optional,
     Sequence,
+    Set,
     Tuple,
     Union,
 )
@@ -5488,9 +5489,13 @@ class _MeasuredSource(io.RawIOBase):
 class _ScriptCallsV2:
     """One script by the calls of `IScriptServiceV2` of a TentacleClient."""
 
-    def __init__(self, client: Any):
+    def __init__(self, client: Any, ticket: Optional[str] = None):
         self._client = client
-        self._ticket = ScriptTicket(task_id=new_ticket())
+        self._ticket = ScriptTicket(task_id=ticket or new_ticket())
+
+    @property
+    def ticket(self) -> str:
+        return (self._ticket and self._ticket.task_id) or ''
 
     def _call(self, method: str, command: Contract) -> ScriptStatusResponseV2:
         return self._client.call_for(ScriptStatusResponseV2, 'IScriptServiceV2', method, command)
@@ -5529,9 +5534,13 @@ class _ScriptCallsV2:
 class _ScriptCallsV1:
     """The same by `IScriptService`, where the tentacle names the ticket."""
 
-    def __init__(self, client: Any):
+    def __init__(self, client: Any, ticket: Optional[str] = None):
         self._client = client
-        self._ticket: Optional[ScriptTicket] = None
+        self._ticket = ScriptTicket(task_id=ticket) if ticket else None
+
+    @property
+    def ticket(self) -> str:
+        return (self._ticket and self._ticket.task_id) or ''
 
     def _call(self, method: str, command: Contract) -> ScriptStatusResponse:
         return self._client.call_for(ScriptStatusResponse, 'IScriptService', method, command)
@@ -6045,6 +6054,7 @@ class PollingServer:
         trust_command: str = 'tentacle.py serve --trust',
         limits: Limits = LIMITS,
     ):
+        self.on_admitted: Callable[[str], None] = lambda uri: None  #: a tentacle polls, for this
         self._pinned = pinned
         self._limits = limits
         self._lock = threading.Lock()
@@ -6117,6 +6127,11 @@ class PollingServer:
                 for poller in subscription.pollers
             ]
         return sorted(listed, key=lambda connection: connection.since)
+
+    def is_connected(self, uri: str) -> bool:
+        with self._lock:
+            subscription = self._subscriptions.get(uri)
+            return subscription is not None and bool(subscription.pollers)
 
     def last_seen(self, uri: str) -> Optional[float]:
         """When a pinned subscription was polled last, in seconds since 1970; None: not since we
@@ -6238,6 +6253,7 @@ class PollingServer:
 
         try:
             exchange.accept_subscriber(subscribe)
+            self.on_admitted(poller.subscription.uri)
         except BaseException:
             self._forget(poller)
             raise
@@ -6415,7 +6431,14 @@ class PollingServer:
 #: Errors that a relay hands on, by the name that stands in the place of an error type.
 _RELAYED_ERRORS = {
     'tentacle.py ' + cls.__name__: cls
-    for cls in (ConnectionLost, NotDelivered, UntrustedThumbprint, ProtocolError, TentacleError)
+    for cls in (
+        ConnectionLost,
+        NotDelivered,
+        UntrustedThumbprint,
+        ProtocolError,
+        UsageError,
+        TentacleError,
+    )
 }
 RELAY_SERVICE = 'TentaclePy'  # of the relay itself, for `tentacle.py targets`
 
@@ -6476,10 +6499,11 @@ class Relay:
     `stop`; nothing of them is kept on the way.
     """
 
-    def __init__(self, path: str, server: PollingServer, limits: Limits = LIMITS):
+    def __init__(self, path: str, server: PollingServer, limits: Limits = LIMITS, jobs: Any = None):
         self._path = path
         self._server = server
         self._limits = limits
+        self._jobs = jobs  # a JobRunner
         self._lock = threading.Lock()
         self._streams: List[SocketStream] = []
         self._stopping = False
@@ -6538,12 +6562,8 @@ class Relay:
     def _hand_on(
         self, stream: SocketStream, request: Request, answer: Callable[[Response], None]
     ) -> None:
-        if request.service == RELAY_SERVICE and request.method == 'LastSeen':
-            answer(Response(request.id, self._server.last_seen(str(*request.params))))
-            return
         if request.service == RELAY_SERVICE:
-            listed = [connection._asdict() for connection in self._server.connections()]
-            answer(Response(request.id, listed))
+            answer(self._own_answer(request))
             return
         answered = []
 
@@ -6561,6 +6581,24 @@ class Relay:
                 raise
             kind = 'tentacle.py ' + type(error).__name__
             answer(Response(request.id, error=ServiceError(str(error), kind)))
+
+    def _own_answer(self, request: Request) -> Response:
+        """To a call for the server itself."""
+        try:
+            if request.method == 'LastSeen':
+                result: Any = self._server.last_seen(*request.params)
+            elif request.method == 'AddJob':
+                target, uri, thumbprint, script, expires, retry_lost = request.params
+                endpoint = ServiceEndPoint(uri, thumbprint)
+                result = self._jobs.add(target, endpoint, script, expires, retry_lost)
+            elif request.method == 'CancelJob':
+                result = self._jobs.cancel(*request.params).state
+            else:
+                result = [connection._asdict() for connection in self._server.connections()]
+            return Response(request.id, result)
+        except TentacleError as error:
+            kind = 'tentacle.py ' + type(error).__name__
+            return Response(request.id, error=ServiceError(str(error), kind))
 
     def _await(
         self, stream: SocketStream, request: Request, take: Callable[[Response], None]
@@ -6712,6 +6750,412 @@ class FanOut:
         return TargetResult(target, state, exit_code, time.monotonic() - begun, error)
 
 
+# -- jobs that are kept: a database that `serve` alone writes
+
+
+#: A job's life. The last five are its end.
+JOB_STATES = (
+    'waiting',  # nothing was sent
+    'sent',  # the tentacle may have it, or not
+    'running',
+    'ended',  # its outcome is here, its workspace is still there
+    'finished',
+    'cancelled',
+    'expired',
+    'lost',  # the tentacle does not know it any more
+    'failed',  # the tentacle, or the target, refuses it
+)
+_JOB_IS_OVER = frozenset(JOB_STATES[4:])  # from `finished` on
+
+
+class Job(NamedTuple):
+    """A row of the database; times in milliseconds since 1970."""
+
+    number: int
+    target: str
+    uri: str
+    thumbprint: Optional[str]
+    script: str
+    ticket: str  # chosen ahead of its first sending, so that a second one is harmless
+    service: str  # '' until the tentacle was asked: V2 or V1
+    state: str
+    exit_code: Optional[int]
+    error: str
+    created: int
+    started: Optional[int]
+    ended: Optional[int]
+    expires: Optional[int]  # it is not sent from then on
+    next_log: int  # the tentacle's number of the next line
+    base: int  # our number of the tentacle's first line
+    cancel: int  # somebody wants it cancelled
+    retry_lost: int  # begin it anew when it was lost
+
+    @property
+    def is_over(self) -> bool:
+        return self.state in _JOB_IS_OVER
+
+
+#: What makes a database of each version one of the next; a kill leaves either.
+_JOB_MIGRATIONS = (
+    """
+BEGIN;
+CREATE TABLE jobs (
+    number INTEGER PRIMARY KEY AUTOINCREMENT, target TEXT NOT NULL, uri TEXT NOT NULL,
+    thumbprint TEXT, script TEXT NOT NULL, ticket TEXT NOT NULL, service TEXT NOT NULL,
+    state TEXT NOT NULL, exit_code INTEGER, error TEXT NOT NULL, created INTEGER NOT NULL,
+    started INTEGER, ended INTEGER, expires INTEGER, next_log INTEGER NOT NULL,
+    base INTEGER NOT NULL, cancel INTEGER NOT NULL, retry_lost INTEGER NOT NULL);
+CREATE INDEX jobs_by_state ON jobs (state);
+CREATE TABLE lines (
+    job INTEGER NOT NULL REFERENCES jobs (number) ON DELETE CASCADE, number INTEGER NOT NULL,
+    source INTEGER NOT NULL, occurred INTEGER NOT NULL, text TEXT NOT NULL,
+    PRIMARY KEY (job, number)) WITHOUT ROWID;
+PRAGMA user_version = 1;
+COMMIT;
+""",
+)
+
+
+class JobStore:
+    """`<home>/jobs.db`. One process writes, any may read. Any thread may call.
+
+    Raises TentacleError when the database can not be used.
+    """
+
+    def __init__(self, home: str, read_only: bool = False):
+        import sqlite3
+
+        self.path = os.path.join(home, 'jobs.db')
+        self._lock = threading.Lock()
+        self._errors = sqlite3.Error
+        self._database: Any = None
+        try:
+            with self._told():
+                self._open(sqlite3.connect, read_only)
+        except BaseException:
+            self.close()
+            raise
+
+    def _open(self, connect: Callable[..., Any], read_only: bool) -> None:
+        from urllib.parse import quote
+
+        if not read_only:  # for nobody else's eyes
+            os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        address = 'file:%s?mode=%s' % (quote(self.path), 'ro' if read_only else 'rw')
+        self._database = connect(address, uri=True, check_same_thread=False)
+        (version,) = self._database.execute('PRAGMA user_version').fetchone()
+        if version > len(_JOB_MIGRATIONS):
+            raise TentacleError(
+                '%s is from a newer tentacle.py (its version is %d, ours %d): use that one'
+                % (self.path, version, len(_JOB_MIGRATIONS))
+            )
+        self._database.execute('PRAGMA foreign_keys = ON')
+        if not read_only:
+            self._database.execute('PRAGMA journal_mode = WAL')
+            self._database.execute('PRAGMA synchronous = NORMAL')
+            for migration in _JOB_MIGRATIONS[version:]:
+                self._database.executescript(migration)
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        try:
+            with self._lock:
+                yield
+        except (self._errors, OSError) as error:
+            raise TentacleError('The jobs in %s can not be used: %s' % (self.path, error))
+
+    def close(self) -> None:
+        with self._lock:
+            if self._database is not None:
+                self._database.close()
+
+    def add(
+        self,
+        target: str,
+        endpoint: ServiceEndPoint,
+        script: str,
+        expires: Optional[int] = None,
+        retry_lost: bool = False,
+    ) -> int:
+        """The number of a new job, which is on the disk."""
+        row = (target, endpoint.uri, endpoint.thumbprint, script, new_ticket(), '', 'waiting', '')
+        row += (int(time.time() * 1000), expires, 0, 0, 0, int(retry_lost))
+        with self._told(), self._database:
+            cursor = self._database.execute(
+                'INSERT INTO jobs (target, uri, thumbprint, script, ticket, service, state, error,'
+                ' created, expires, next_log, base, cancel, retry_lost)'
+                ' VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)',
+                row,
+            )
+            return cursor.lastrowid
+
+    def jobs(self, everything: bool = True) -> List[Job]:
+        """All, or those that are not over, oldest first."""
+        query = 'SELECT * FROM jobs%s ORDER BY number'
+        where = '' if everything else " WHERE state IN ('waiting', 'sent', 'running', 'ended')"
+        with self._told():
+            return [Job(*row) for row in self._database.execute(query % where)]
+
+    def job(self, number: int) -> Job:
+        """Raises UsageError when there is none."""
+        with self._told():
+            row = self._database.execute(
+                'SELECT * FROM jobs WHERE number = ?', (number,)
+            ).fetchone()
+        if row is None:
+            raise UsageError('There is no job %d' % number)
+        return Job(*row)
+
+    def lines(self, number: int, after: int = 0) -> List[Tuple[int, LogEntry]]:
+        """(number, entry) of the lines of a job's log from a number on."""
+        query = 'SELECT number, source, occurred, text FROM lines WHERE job = ? AND number >= ?'
+        with self._told():
+            rows = self._database.execute(query + ' ORDER BY number', (number, after)).fetchall()
+        return [(line, LogEntry(source, occurred, text)) for line, source, occurred, text in rows]
+
+    def change(self, job: Job, lines: Sequence[LogEntry] = (), **columns: Any) -> Job:
+        """Change columns, and add lines that begin at its next number, as one."""
+        names = ', '.join('%s = ?' % name for name in columns)
+        added = [
+            (job.number, job.base + job.next_log + i, entry[0], entry[1], entry[2])
+            for i, entry in enumerate(lines)
+        ]
+        with self._told(), self._database:
+            self._database.executemany('INSERT INTO lines VALUES (?, ?, ?, ?, ?)', added)
+            self._database.execute(
+                'UPDATE jobs SET %s WHERE number = ?' % names, (*columns.values(), job.number)
+            )
+        return self.job(job.number)
+
+    def prune(self, seconds: float, count: int) -> None:
+        """Forget those that ended so long ago, and the oldest beyond a count, with their logs."""
+        over = "state NOT IN ('waiting', 'sent', 'running', 'ended')"
+        with self._told(), self._database:
+            self._database.execute(
+                'DELETE FROM jobs WHERE %s AND ended < ?' % over,
+                (int((time.time() - seconds) * 1000),),
+            )
+            self._database.execute(
+                'DELETE FROM jobs WHERE %s AND number NOT IN'
+                ' (SELECT number FROM jobs ORDER BY number DESC LIMIT ?)' % over,
+                (count,),
+            )
+
+
+class JobRunner:
+    """Brings the jobs of a store to their ends, from `start` to `stop`, each by one call after the
+    other, in a few threads for all. What `stop` or a kill interrupts goes on at the next `start`.
+
+    `client_of` gives a client for a job's endpoint; `is_there` says whether a polling tentacle is
+    connected, and `look` is to be called when one comes.
+    """
+
+    _PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between questions while nothing comes
+    _THREADS = 32
+
+    def __init__(
+        self,
+        store: JobStore,
+        client_of: Callable[[str, ServiceEndPoint], Any],
+        is_there: Callable[[str], bool],
+        keep: Tuple[float, int] = (30 * 86400.0, 10000),
+        limits: Limits = LIMITS,
+    ):
+        """`keep`: so many seconds and jobs that are over, see `JobStore.prune`."""
+        self._store = store
+        self._keep = keep
+        self._ended = 0
+        self._client_of = client_of
+        self._is_there = is_there
+        self._limits = limits
+        self._changed = threading.Condition()
+        self._due: List[Tuple[float, int]] = []  # a heap of (moment, job)
+        self._planned: Dict[int, float] = {}  # the moment of each; any other in the heap is stale
+        self._at_work: Set[int] = set()
+        self._again: Set[int] = set()  # to be looked at when its step is over
+        self._absent: Dict[str, Set[int]] = {}  # the jobs of a subscription that nobody polls
+        self._quiet: Dict[int, int] = {}  # steps without news
+        self._stopping = False
+        self._threads: List[threading.Thread] = []
+
+    def start(self) -> None:
+        """Go on with what is not over."""
+        self._store.prune(*self._keep)
+        for job in self._store.jobs(everything=False):
+            self._plan(job.number, 0)
+        self._threads = [start_thread('jobs', self._work) for _ in range(self._THREADS)]
+
+    def stop(self) -> None:
+        """Begin no other call; the jobs stay as they are."""
+        with self._changed:
+            self._stopping = True
+            self._changed.notify_all()
+
+    def join(self) -> None:
+        """Wait for the calls under way, after `stop`."""
+        deadline = time.monotonic() + self._limits.stop
+        for thread in self._threads:
+            thread.join(max(deadline - time.monotonic(), 0))
+
+    def add(self, *arguments: Any, **options: Any) -> int:
+        """As `JobStore.add`."""
+        number = self._store.add(*arguments, **options)
+        self._plan(number, 0)
+        return number
+
+    def cancel(self, number: int) -> Job:
+        """Have a job cancelled; one that is over stays as it is."""
+        job = self._store.job(number)
+        if not job.is_over:
+            job = self._store.change(job, cancel=1)
+            self._plan(number, 0)
+        return job
+
+    def look(self, uri: str) -> None:
+        """A tentacle polls for this subscription: its jobs can go on."""
+        with self._changed:
+            numbers = self._absent.pop(uri, set())
+        for number in numbers:
+            self._plan(number, 0)
+
+    def _plan(self, number: int, seconds: float) -> None:
+        import heapq
+
+        with self._changed:
+            if number in self._at_work:
+                self._again.add(number)
+                return
+            moment = time.monotonic() + seconds
+            if moment < self._planned.get(number, float('inf')):
+                self._planned[number] = moment
+                heapq.heappush(self._due, (moment, number))
+                self._changed.notify()
+
+    def _work(self) -> None:
+        while True:
+            number = self._next()
+            if number is None:
+                return
+            seconds: Optional[float] = 1.0
+            try:
+                seconds = self._step(self._store.job(number))
+            except TentacleError as error:
+                logger.error('Job %d: %s', number, error)
+                seconds = 5.0
+            except Exception:  # a bug; the others go on
+                logger.exception('Job %d', number)
+                seconds = 60.0
+            with self._changed:
+                self._at_work.discard(number)
+                if number in self._again:
+                    self._again.discard(number)
+                    seconds = 0
+            if seconds is not None:
+                self._plan(number, seconds)
+
+    def _next(self) -> Optional[int]:
+        """Waits for the next job that is due; None when we are to stop."""
+        import heapq
+
+        with self._changed:
+            while not self._stopping:
+                left = self._due[0][0] - time.monotonic() if self._due else None
+                if left is None or left > 0:
+                    self._changed.wait(left)
+                    continue
+                moment, number = heapq.heappop(self._due)
+                if self._planned.get(number) == moment:
+                    del self._planned[number]
+                    self._at_work.add(number)
+                    return number
+        return None
+
+    def _step(self, job: Job) -> Optional[float]:
+        """One call for a job; the seconds to its next one, None when it is over or must wait for
+        its tentacle.
+        """
+        now = int(time.time() * 1000)
+        if job.is_over:
+            self._quiet.pop(job.number, None)
+            return None
+        if job.state == 'waiting' and job.cancel:
+            return self._end(job, 'cancelled', 'it was cancelled ahead of its start')
+        if job.state == 'waiting' and job.expires is not None and job.expires <= now:
+            return self._end(job, 'expired', 'nobody fetched it in its time')
+        endpoint = ServiceEndPoint(job.uri, job.thumbprint, queue_timeout=10.0)
+        if endpoint.is_polling and not self._is_there(job.uri):
+            with self._changed:
+                self._absent.setdefault(job.uri, set()).add(job.number)
+            if self._is_there(job.uri):  # it came meanwhile
+                self.look(job.uri)
+            return None if job.expires is None else max(job.expires - now, 0) / 1000
+        try:
+            return self._advance(job, self._client_of(job.target, endpoint))
+        except ProtocolError as error:
+            return self._end(job, 'failed', str(error))
+        except ServiceError as error:
+            return self._end(job, 'failed', str(error))
+        except (ConnectionLost, UntrustedThumbprint) as error:
+            self._store.change(job, error=str(error))
+            quiet = self._quiet[job.number] = self._quiet.get(job.number, 0) + 1
+            return min(2.0 ** min(quiet, 6), 60.0)
+
+    def _advance(self, job: Job, client: Any) -> Optional[float]:
+        """Raises TentacleError."""
+        if job.service == '':
+            service = 'V2' if 'IScriptServiceV2' in client.capabilities() else 'V1'
+            job = self._store.change(job, service=service)
+        calls: Any = (_ScriptCallsV2 if job.service == 'V2' else _ScriptCallsV1)(client, job.ticket)
+        if job.state == 'ended':
+            calls.complete(job.next_log)
+            was_cancelled = job.exit_code == CANCELED_EXIT_CODE
+            return self._end(job, 'cancelled' if was_cancelled else 'finished', '')
+        if job.state == 'sent' and job.service == 'V1':
+            return self._lose(job, 'whether it was started is not known')
+        if job.state in ('waiting', 'sent') and not job.cancel:
+            started = job.started or int(time.time() * 1000)
+            job = self._store.change(job, state='sent', started=started)
+            status = calls.start(job.script, 'job %d' % job.number, [], 0.0)
+        else:
+            status = calls.cancel(job.next_log) if job.cancel else calls.status(job.next_log)
+        return self._take(job, calls, status)
+
+    def _take(self, job: Job, calls: Any, status: Any) -> Optional[float]:
+        if status.exit_code == UNKNOWN_TICKET_EXIT_CODE and status.state == COMPLETE:
+            if job.state == 'sent' and job.cancel:
+                return self._end(job, 'cancelled', 'it was cancelled ahead of its start')
+            return self._lose(job, 'the tentacle does not know it any more')
+        first = status.next_log_sequence - len(status.logs)
+        new = status.logs[max(job.next_log - first, 0) :]
+        columns: Dict[str, Any] = {'state': 'running', 'error': '', 'ticket': calls.ticket}
+        columns['next_log'] = max(job.next_log, status.next_log_sequence)
+        if status.state == COMPLETE:
+            columns.update(state='ended', exit_code=status.exit_code)
+        job = self._store.change(job, new, **columns)
+        if job.state == 'ended':
+            return 0
+        quiet = self._quiet[job.number] = 0 if new else self._quiet.get(job.number, 0) + 1
+        return self._PAUSES[min(quiet, len(self._PAUSES) - 1)]
+
+    def _lose(self, job: Job, reason: str) -> Optional[float]:
+        if not job.retry_lost or job.cancel:
+            return self._end(job, 'lost', reason)
+        text = 'It was lost (%s), and is begun anew' % reason
+        entry = LogEntry(STDERR, int(time.time() * 1000), text)
+        base = job.base + job.next_log + 1
+        self._store.change(
+            job, [entry], state='waiting', ticket=new_ticket(), next_log=0, base=base, service=''
+        )
+        return 0
+
+    def _end(self, job: Job, state: str, error: str) -> None:
+        self._store.change(job, state=state, error=error, ended=int(time.time() * 1000))
+        self._quiet.pop(job.number, None)
+        self._ended += 1
+        if self._ended % 100 == 0:
+            self._store.prune(*self._keep)
+
+
 # ---- 18. Configuration ---------------------------------------------------------------------------
 # The settings file is the original's: flat XML, one `set` a key; keys that are not ours are kept as
 # they are.
@@ -6728,6 +7172,8 @@ KEY_APPLICATIONS = 'Tentacle.Deployment.ApplicationDirectory'
 KEY_THUMBPRINT = 'Tentacle.CertificateThumbprint'
 KEY_CERTIFICATE_FILE = 'TentaclePy.CertificateFile'  # ours: the PEM file, relative to the settings
 KEY_FILES_ROOT = 'TentaclePy.FilesRoot'  # ours: the folder outside which no file is transferred
+KEY_JOB_DAYS = 'TentaclePy.JobDays'  # ours: how long `serve` keeps a job that is over
+KEY_JOB_COUNT = 'TentaclePy.JobCount'  # ours: and how many of them
 KEY_SUBSCRIPTION = 'TentaclePy.Subscription'  # ours: of `poll`, made once
 
 STYLE_LISTENING = 1  # CommunicationStyle TentaclePassive
@@ -6745,6 +7191,8 @@ class Settings(NamedTuple):
     certificate_path: str  # of the PEM file, which may not be there yet
     files_root: str  # '' = files are transferred from and to anywhere
     subscription: str  # poll://.../ of `poll`; '' = not made yet
+    job_days: int  # how long `serve` keeps a job that is over
+    job_count: int  # and how many
 
 
 def read_settings_file(path: str) -> Dict[str, str]:
@@ -6889,6 +7337,9 @@ def read_settings(path: str) -> Settings:
         raise TentacleError(
             '%s in %s must be a port from 0 to 65535, and is %s' % (KEY_PORT, path, printable(port))
         )
+    for key in (KEY_JOB_DAYS, KEY_JOB_COUNT):
+        if not re.match(r'[0-9]{0,9}\Z', values.get(key, '')):
+            raise TentacleError('%s in %s must be a number' % (key, path))
     address = values.get(KEY_LISTEN_IP, '')
     return Settings(
         path,
@@ -6904,6 +7355,8 @@ def read_settings(path: str) -> Settings:
         os.path.join(folder, values.get(KEY_CERTIFICATE_FILE) or CERTIFICATE_NAME),
         values.get(KEY_FILES_ROOT, ''),
         values.get(KEY_SUBSCRIPTION, ''),
+        int(values.get(KEY_JOB_DAYS) or 30),
+        int(values.get(KEY_JOB_COUNT) or 10000),
     )
 
 
@@ -7367,6 +7820,52 @@ class Dispatcher:
         fan_out = FanOut(run_on, parallel, rolling, max_fail, self._limits)
         return fan_out.results(list(chosen))
 
+    # -- jobs, by the `serve` of the home
+
+    def _ask_serve(self, method: str, *params: Any) -> Any:
+        endpoint = ServiceEndPoint('poll://relay/')
+        with RelayedClient(relay_path(self.home), endpoint, self.identity, self._limits) as client:
+            return client.call(RELAY_SERVICE, method, *params)
+
+    def submit(
+        self,
+        targets: Iterable[str],
+        script: str,
+        expires: Optional[float] = None,
+        retry_lost: bool = False,
+    ) -> Dict[str, int]:
+        """Leave a script to `serve` as a job for each target, connected or not: their numbers by
+        the targets' names, and they are on the disk.
+
+        `expires`: seconds since 1970, from which on it is not begun. `retry_lost`: it is begun anew
+        when its tentacle lost it. Raises UsageError, UntrustedThumbprint, NotDelivered.
+        """
+        known = Targets(self.home)
+        called = [(name, known.to_call(name, end)) for name, end in known.choose(targets).items()]
+        moment = None if expires is None else Int64(int(expires * 1000))
+        numbers = {}
+        for name, end in called:
+            facts = name, end.uri, end.thumbprint, script, moment, retry_lost
+            numbers[name] = self._ask_serve('AddJob', *facts)
+        return numbers
+
+    def cancel(self, number: int) -> str:
+        """Have a job cancelled; the state that it was in. Raises UsageError, NotDelivered."""
+        return self._ask_serve('CancelJob', Int64(number))
+
+    @contextlib.contextmanager
+    def job_store(self) -> Iterator[JobStore]:
+        """The jobs, to read, with `serve` or without it. Raises TentacleError."""
+        if not os.path.exists(os.path.join(self.home, 'jobs.db')):
+            raise TentacleError(
+                'There are no jobs in %s: `exec --detach` gives them to a `serve`' % self.home
+            )
+        store = JobStore(self.home, read_only=True)
+        try:
+            yield store
+        finally:
+            store.close()
+
 
 class Command(NamedTuple):
     """A verb of the command line: its help, its options and what it does stand together."""
@@ -7754,15 +8253,33 @@ def _serve(arguments: Any) -> int:
             )
         _allow_many_descriptors()
         server = _polling_server(arguments, settings, identity, given, port)
-        relay = Relay(relay_path(settings.home), server)
+        store = JobStore(settings.home)
+        clients: Dict[str, Any] = {}
+
+        def client_of(target: str, endpoint: ServiceEndPoint) -> Any:
+            if endpoint.is_polling:
+                return server.client(endpoint)
+            called = Targets(settings.home).to_call(target, endpoint)
+            return clients.setdefault(endpoint.uri, TentacleClient(called, identity))
+
+        keep = settings.job_days * 86400.0, settings.job_count
+        jobs = JobRunner(store, client_of, server.is_connected, keep)
+        server.on_admitted = jobs.look
+        relay = Relay(relay_path(settings.home), server, jobs=jobs)
         signals = SignalWaiter(*_stop_signals())
         logger.info('tentacle.py %s, our thumbprint is %s', __version__, identity.thumbprint)
-        relay.start()
         server.start()
+        jobs.start()
+        relay.start()
         say('Server for polling tentacles on: %s' % server.address)
         logger.info('Stopping: %s', signal.Signals(signals.wait()).name)
         relay.stop()
+        jobs.stop()
         server.stop()
+        for client in clients.values():
+            client.close()
+        jobs.join()
+        store.close()
     return 0
 
 
@@ -8321,6 +8838,30 @@ def _exec_on_many(
     return 130 if signals else int(any(result.state != 'ok' for result in results))
 
 
+def _duration(text: str) -> int:
+    """Seconds of `90s`, `30m`, `2h` or `7d`. Raises UsageError."""
+    match = re.match(r'([0-9]{1,6})([smhd])\Z', text)
+    if not match:
+        raise UsageError('%s is no time: like 90s, 30m, 2h or 7d expected' % printable(text))
+    return int(match.group(1)) * {'s': 1, 'm': 60, 'h': 3600, 'd': 86400}[match.group(2)]
+
+
+def _detach(
+    arguments: Any, settings: Settings, targets: Dict[str, ServiceEndPoint], script: str
+) -> int:
+    if arguments.file:
+        raise UsageError('--file does not go with --detach: upload the files first')
+    expires = None
+    if arguments.expires is not None:
+        expires = time.time() + _duration(arguments.expires)
+    dispatcher = Dispatcher(settings.home)
+    numbers = dispatcher.submit(list(targets), script, expires, arguments.retry_lost)
+    for name, number in numbers.items():
+        facts = {'job': number, 'target': name}
+        say(json.dumps(facts) if arguments.json else '%d %s' % (number, name))
+    return 0
+
+
 @_command(
     'exec',
     'run a script on tentacles, and see its output as it comes',
@@ -8341,6 +8882,21 @@ def _exec_on_many(
     _option('--max-fail', metavar='K', help='begin no other target when more than K have failed'),
     _option('--group-output', action='store_true', help="each target's lines together, at its end"),
     _option('--quiet', action='store_true', help='no output, but each target with its exit code'),
+    _option(
+        '--detach',
+        action='store_true',
+        help='leave it to `serve` as a job for each target, whose numbers are printed',
+    ),
+    _option(
+        '--expires',
+        metavar='TIME',
+        help='with --detach: not to be begun after this time, like 90s, 30m, 2h or 7d',
+    ),
+    _option(
+        '--retry-lost',
+        action='store_true',
+        help='with --detach: begin it anew when its tentacle lost it, though it may have run',
+    ),
     _JSON_OPTION,
     *_CALL_OPTIONS,
     words='-- COMMAND: one word is a line for the shell, several are a command and its arguments',
@@ -8350,11 +8906,112 @@ def _exec(arguments: Any) -> int:
     files = _script_files(arguments.file)
     settings = _settings(arguments)
     targets = _chosen_targets(arguments, settings)
+    if arguments.detach:
+        return _detach(arguments, settings, targets, script)
+    if arguments.expires or arguments.retry_lost:
+        raise UsageError('--expires and --retry-lost are for --detach')
     if len(targets) == 1 and not (arguments.json or arguments.quiet):
         ((name, endpoint),) = targets.items()
         endpoint = _pinned(arguments, settings, name, endpoint)
         return _exec_on_one(arguments, settings, name, endpoint, script, files)
     return _exec_on_many(arguments, settings, targets, script, files)
+
+
+def _job_facts(job: Job) -> Dict[str, Any]:
+    """A job for --json."""
+    facts: Dict[str, Any] = {'job': job.number, 'target': job.target, 'state': job.state}
+    facts.update(exit_code=job.exit_code, error=job.error)
+    for key in ('created', 'started', 'ended', 'expires'):
+        moment = getattr(job, key)
+        facts[key] = None if moment is None else iso_time(moment)
+    return facts
+
+
+def _dispatcher(arguments: Any) -> Dispatcher:
+    return Dispatcher(_settings(arguments).home)
+
+
+def _job_number(text: str) -> int:
+    return _number('the number of a job', text, 1, 2**62)
+
+
+@_command(
+    'jobs',
+    'list the jobs of `exec --detach` that are not over, or all',
+    'tentacle.py jobs --all',
+    _option('--all', action='store_true', help='those that are over as well'),
+    _option('--json', action='store_true', help='one object a line'),
+)
+def _jobs(arguments: Any) -> int:
+    with _dispatcher(arguments).job_store() as store:
+        jobs = store.jobs(everything=arguments.all)
+    if arguments.json:
+        for job in jobs:
+            say(json.dumps(_job_facts(job)))
+        return 0
+    rows = [('JOB', 'TARGET', 'STATE', 'CODE', 'AGE', 'NOTE')]
+    for job in jobs:
+        code = '-' if job.exit_code is None else str(job.exit_code)
+        age = _ago(time.time() - job.created / 1000)
+        rows.append((str(job.number), job.target, job.state, code, age, printable(job.error)))
+    _say_table(rows)
+    return 0
+
+
+@_command(
+    'job',
+    'show a job',
+    'tentacle.py job 7',
+    _option('job', metavar='N', help='its number'),
+)
+def _job(arguments: Any) -> int:
+    with _dispatcher(arguments).job_store() as store:
+        job = store.job(_job_number(arguments.job))
+    say(json.dumps(_job_facts(job)))
+    return 0
+
+
+@_command(
+    'logs',
+    "show a job's output",
+    'tentacle.py logs 7 -f',
+    _option('job', metavar='N', help='its number'),
+    _option('-f', '--follow', action='store_true', help='go on until it is over'),
+)
+def _logs(arguments: Any) -> int:
+    printer, remarks, after = _LinePrinter(arguments.verbose), RemarkFilter(), 0
+    with _dispatcher(arguments).job_store() as store:
+        while True:
+            job = store.job(_job_number(arguments.job))
+            for number, entry in store.lines(job.number, after):
+                printer(remarks.line(entry))
+                after = number + 1
+            if job.is_over or not arguments.follow:
+                break
+            time.sleep(0.3)
+    if arguments.follow and job.state != 'finished':
+        raise TentacleError(
+            'Job %d: %s%s' % (job.number, job.state, job.error and ', ' + job.error)
+        )
+    return 0
+
+
+@_command(
+    'cancel',
+    'cancel a job',
+    'tentacle.py cancel 7',
+    _option('jobs', metavar='N', nargs='+', help='its number'),
+)
+def _cancel(arguments: Any) -> int:
+    dispatcher = _dispatcher(arguments)
+    for text in arguments.jobs:
+        number = _job_number(text)
+        state = dispatcher.cancel(number)
+        if state in _JOB_IS_OVER:
+            say('Job %d was %s already' % (number, state))
+        else:
+            say('Job %d is being cancelled' % number)
+    return 0
 
 
 def _remote_place(text: str) -> Tuple[str, str]:
@@ -8768,13 +9425,22 @@ def _trust(arguments: Any) -> int:
         help='from its next start on an agent uploads and downloads no file outside this folder; '
         "'' = anywhere",
     ),
+    _option('--job-days', metavar='N', help='`serve` keeps a job that is over so long (30)'),
+    _option('--job-count', metavar='N', help='and so many of them (10000)'),
 )
 def _configure(arguments: Any) -> int:
     root = _files_root(arguments.files_root)
     trust = arguments.trust or arguments.remove_trust or arguments.reset_trust
-    if not trust and root is None:
+    numbers = {KEY_JOB_DAYS: arguments.job_days, KEY_JOB_COUNT: arguments.job_count}
+    numbers = {
+        key: str(_number('--job-days and --job-count', text, 1, 10**8))
+        for key, text in numbers.items()
+        if text is not None
+    }
+    if not trust and root is None and not numbers:
         raise UsageError(
-            'nothing to change: --trust, --remove-trust, --reset-trust or --files-root expected'
+            'nothing to change: --trust, --remove-trust, --reset-trust, --files-root, --job-days '
+            'or --job-count expected'
         )
     settings_path = find_settings(arguments.home)
     if trust:
@@ -8784,6 +9450,9 @@ def _configure(arguments: Any) -> int:
     if root is not None:
         change_settings(settings_path, lambda values: values.update({KEY_FILES_ROOT: root}))
         say('Files are transferred from and to: %s' % (root or 'anywhere'))
+    if numbers:
+        change_settings(settings_path, lambda values: values.update(numbers))
+        say('From its next start `serve` keeps jobs so.')
     return 0
 
 

@@ -25,6 +25,7 @@ import shlex
 import shutil
 import signal
 import socket
+import sqlite3
 import ssl
 import stat
 import struct
@@ -462,6 +463,11 @@ class Keys:
             patch.setattr(tentacle, 'CERTIFICATE_YEARS', 1)
             patch.setattr(tentacle.time, 'time', lambda: moment)
             return tentacle.create_identity(os.path.join(self._folder, name + '.pem'))
+
+
+def keys_of(keys):
+    """Some of the keys as a dictionary."""
+    return {name: keys[name] for name in ('agent', 'server')}
 
 
 def open_bytes(path):
@@ -4953,7 +4959,7 @@ def test_events_of_transfers(dispatcher, tmp_path):
     (tmp_path / 'in').write_bytes(b'content')
     places = ['%s:%s' % (target, tmp_path / 'out'), '%s:/proc' % target]
     code, out, err = cli('upload', '--json', str(tmp_path / 'in'), *places, home=home)
-    done, failed = [json.loads(line) for line in out.splitlines()]
+    done, failed = sorted(map(json.loads, out.splitlines()), key=lambda event: event['event'])
     assert done.pop('seconds') >= 0
     assert done == {
         'event': 'done',
@@ -5198,6 +5204,221 @@ def test_a_hundred_targets_of_which_some_are_ill(shared_agent, tmp_path, keys):
     assert sorted(output) == sorted((target, 'hi') for target in good) and len(good) == 80
     # Not at the end: the silent ones take their time for a handshake.
     assert [result.state for result in results[-2:]] == ['unreachable'] * 2
+
+
+# -- jobs that are kept
+
+
+@pytest.fixture
+def store(tmp_path):
+    store = tentacle.JobStore(str(tmp_path))
+    yield store
+    store.close()
+
+
+def test_jobs_and_their_lines(store, tmp_path):
+    first = store.add('one', ONE, 'echo hi')
+    second = store.add('two', ONE._replace(thumbprint='0' * 40), 'echo', 1234, True)
+    assert stat.S_IMODE(os.stat(store.path).st_mode) == 0o600
+    job = store.job(second)
+    assert (job.target, job.uri, job.thumbprint, job.script) == ('two', ONE.uri, '0' * 40, 'echo')
+    assert (job.state, job.expires, job.retry_lost, job.next_log) == ('waiting', 1234, 1, 0)
+    entries = [tentacle.LogEntry(0, 5, 'a'), tentacle.LogEntry(1, 6, 'b')]
+    job = store.change(store.job(first), entries, state='running', next_log=2)
+    job = store.change(job, entries[:1], state='finished', next_log=3, ended=1)
+    reader = tentacle.JobStore(str(tmp_path), read_only=True)
+    assert [line for _, line in reader.lines(first)] == entries + entries[:1]
+    assert [number for number, _ in reader.lines(first, after=1)] == [1, 2]
+    assert [job.number for job in reader.jobs(everything=False)] == [second]
+    with pytest.raises(tentacle.UsageError, match='no job 9'):
+        reader.job(9)
+    with pytest.raises(tentacle.TentacleError, match='readonly'):
+        reader.add('x', ONE, 'x')
+    reader.close()
+    store.prune(3600, 100)
+    assert [job.number for job in store.jobs()] == [second]
+    assert store.lines(first) == []
+
+
+def test_old_jobs_are_pruned_by_count(store):
+    now = int(time.time() * 1000)
+    for number in range(10):
+        job = store.job(store.add('one', ONE, 'x'))
+        if number:
+            store.change(job, state='finished', ended=now)
+    store.prune(3600, 3)
+    assert [job.number for job in store.jobs()] == [1, 8, 9, 10]  # the first is not over
+
+
+def test_databases_that_can_not_be_used(tmp_path):
+    home = str(tmp_path)
+    tentacle.JobStore(home).close()
+    database = sqlite3.connect(os.path.join(home, 'jobs.db'))
+    database.execute('PRAGMA user_version = 2')
+    database.close()
+    with pytest.raises(tentacle.TentacleError, match='newer tentacle.py'):
+        tentacle.JobStore(home)
+    with open(os.path.join(home, 'jobs.db'), 'wb') as file:
+        file.write(b'nonsense' * 1000)
+    with pytest.raises(tentacle.TentacleError, match='jobs.db can not be used'):
+        tentacle.JobStore(home)
+
+
+def test_a_full_disk_loses_no_job(store):
+    """What can not be written is refused, and what stood there still does."""
+    number = store.add('one', ONE, 'x')
+    (pages,) = store._database.execute('PRAGMA page_count').fetchone()
+    store._database.execute('PRAGMA max_page_count = %d' % pages)
+    with pytest.raises(tentacle.TentacleError, match='full'):
+        store.change(store.job(number), [tentacle.LogEntry(0, 0, 'x' * 100000)], state='running')
+    assert (store.job(number).state, store.lines(number)) == ('waiting', [])
+
+
+@contextlib.contextmanager
+def running_jobs(tmp_path, server, **limits):
+    store = tentacle.JobStore(str(tmp_path))
+    client_of = lambda target, endpoint: server.client(endpoint)
+    runner = tentacle.JobRunner(
+        store, client_of, server.is_connected, limits=LIMITS._replace(**limits)
+    )
+    server.on_admitted = runner.look
+    runner.start()
+    try:
+        yield runner, store
+    finally:
+        runner.stop()
+        runner.join()
+        store.close()
+
+
+def own_lines(store, number):
+    """(source, text) of what a job's script wrote."""
+    remarks = tentacle.RemarkFilter()
+    lines = [remarks.line(entry) for _, entry in store.lines(number)]
+    return [(line.source, line.text) for line in lines if not line.remark]
+
+
+def over(store, number, seconds=10):
+    """A job when it is over."""
+
+    def ask():
+        job = store.job(number)
+        return job if job.is_over else None
+
+    return eventually(ask, seconds)
+
+
+def test_a_job_waits_for_its_tentacle(tmp_path, keys):
+    with polled(tmp_path, keys) as server, running_jobs(tmp_path, server) as (runner, store):
+        number = runner.add('one', ONE, 'echo out; echo err >&2; exit 3')
+        soon = runner.add('one', ONE, 'true', expires=int(time.time() * 1000) + 300)
+        withdrawn = runner.add('one', ONE, 'true')
+        runner.cancel(withdrawn)
+        assert over(store, soon).state == 'expired'
+        assert over(store, withdrawn).state == 'cancelled'
+        assert store.job(number).state == 'waiting'
+        with polling(tmp_path, keys, server.port):
+            job, lines = over(store, number), own_lines(store, number)
+            long = runner.add('one', ONE, 'echo on; sleep 100')
+            eventually(lambda: own_lines(store, long))
+            runner.cancel(long)
+            assert over(store, long)[7:9] == ('cancelled', tentacle.CANCELED_EXIT_CODE)
+            eventually(lambda: os.listdir(str(tmp_path / 'agent' / 'Work')) == [])
+    assert (job.state, job.exit_code) == ('finished', 3)
+    assert sorted(lines) == [(0, 'out'), (1, 'err')]
+
+
+@pytest.mark.parametrize('retry', [False, True])
+def test_a_job_that_its_tentacle_lost(tmp_path, keys, retry):
+    go = tmp_path / 'go'
+    body = 'echo on; [ -e %s ] && exit 4; sleep 100' % shlex.quote(str(go))
+    with polled(tmp_path, keys) as server, running_jobs(tmp_path, server) as (runner, store):
+        number = runner.add('one', ONE, body, retry_lost=retry)
+        with polling(tmp_path, keys, server.port) as agent:
+            eventually(lambda: own_lines(store, number))
+            go.touch()
+            # As when the host was made anew.
+            ticket = store.job(number).ticket
+            with server.client(ONE) as client:
+                cancel = about(tentacle.CancelScriptCommandV2, ticket)
+                v2(client, 'CancelScript', cancel)
+                finished(client, ticket)
+                v2(client, 'CompleteScript', about(tentacle.CompleteScriptCommandV2, ticket))
+            job = over(store, number)
+            assert agent.subscription
+        texts = [text for _, text in own_lines(store, number)]
+    if job.state != 'cancelled':  # we may have asked between its end and its loss
+        assert (job.state, job.exit_code) == (('finished', 4) if retry else ('lost', None))
+        assert texts.count('on') == 1 + retry
+
+
+def test_jobs_outlive_a_serve_that_is_killed(tmp_path, keys):
+    """200 jobs, and 50 kills at random moments: each runs once, and its whole log is here."""
+    chance = random.Random(8)
+    home, marks = str(tmp_path / 'server'), tmp_path / 'marks'
+    marks.mkdir()
+    program, environment = installed(str(tmp_path))
+    thumbprint = cli('show-thumbprint', home=home)[1].strip()
+    cli('trust', 'poll://one/', keys['agent'].thumbprint, home=home)
+    identity = tentacle.load_identity(os.path.join(home, 'tentacle.pem'))
+    with socket.create_server(('127.0.0.1', 0)) as place:
+        port = place.getsockname()[1]
+    command = [sys.executable, program, 'serve', '--home', home, '--port', str(port)]
+    path = os.path.join(home, 'serve.sock')
+
+    def started():
+        process = subprocess.Popen(
+            command, stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, env=environment
+        )
+        assert process.stdout.readline().startswith(b'Server')
+        return process
+
+    def add(count):
+        added = []
+        with tentacle.RelayedClient(path, ONE, identity) as client:
+            for _ in range(count):
+                mark = shlex.quote(str(marks / str(len(numbers) + len(added))))
+                body = 'echo x >> %s; echo 1; sleep 0.%d; echo 2; exit 5' % (
+                    mark,
+                    chance.randrange(3),
+                )
+                facts = ['one', 'poll://one/', keys['agent'].thumbprint, body, None, False]
+                added.append(client.call('TentaclePy', 'AddJob', *facts))
+        return added
+
+    numbers = []
+    trusted = frozenset([thumbprint])
+    agent = tentacle.PollingTentacle(
+        str(tmp_path / 'agent'),
+        keys['agent'],
+        lambda: trusted,
+        ['https://127.0.0.1:%d/' % port],
+        'poll://one/',
+        connections=5,
+        limits=LIMITS._replace(least_back_off=0.05, most_back_off=0.1),
+    )
+    agent.start()
+    for kill in range(50):
+        process = started()
+        numbers += add(4)
+        threading.Event().wait(chance.random() * 0.4)
+        process.kill()
+        process.wait()
+        process.stdout.close()
+    process = started()
+    store = tentacle.JobStore(home, read_only=True)
+    assert len(store.jobs()) == len(numbers) == 200
+    for number in numbers:
+        job = over(store, number, 60)
+        assert (job.state, job.exit_code) == ('finished', 5)
+        assert own_lines(store, number) == [(0, '1'), (0, '2')]
+    store.close()
+    for mark in range(200):
+        assert (marks / str(mark)).read_text() == 'x\n'
+    process.terminate()
+    assert process.wait(20) == 0
+    process.stdout.close()
+    agent.stop()
 
 
 # ---- 18. Configuration ---------------------------------------------------------------------------
@@ -5600,6 +5821,54 @@ def test_targets_are_checked(several):
     facts = [json.loads(line) for line in out.splitlines()]
     assert [fact['target'] for fact in facts[-4:]][0] == 'web-1'
     assert facts[-4]['groups'] == ['live'] and facts[-4]['address'] is None
+
+
+def test_jobs_on_the_command_line(several, tmp_path, keys):
+    code, _, err = cli('exec', 'web-1', '--detach', '--', 'true', home=several)
+    assert code == 1 and 'tentacle.py serve' in err
+    code, _, err = cli('jobs', home=several)
+    assert code == 1 and 'exec --detach' in err
+    cli('trust', 'poll://one/', keys['agent'].thumbprint, home=several)
+    detach = ['exec', '--detach', '--json']
+    with serving(several) as port:
+        body = 'echo out; echo err >&2; exit 3'
+        code, out, _ = cli(*detach, 'web-1', 'one', '--', body, home=several)
+        jobs = [json.loads(line) for line in out.splitlines()]
+        assert jobs == [{'job': 1, 'target': 'web-1'}, {'job': 2, 'target': 'one'}]
+        code, out, err = cli('logs', '1', '-f', home=several)
+        assert (code, out, err) == (0, 'out\n', 'err\n')
+        code, out, _ = cli('jobs', '--all', home=several)
+        assert re.search(r'^1 +web-1 +finished +3 ', out, re.M)
+        assert re.search(r'^2 +one +waiting +- ', out, re.M)
+        identity = tentacle.load_identity(os.path.join(several, 'tentacle.pem'))
+        with polling(tmp_path, dict(keys_of(keys), server=identity), port):
+            assert cli('logs', '2', '-f', home=several)[:2] == (0, 'out\n')
+            assert cli(*detach, 'one', '--', 'echo on; sleep 100', home=several)[0] == 0
+            follower = subprocess.Popen(
+                [sys.executable, PROGRAM, 'logs', '3', '-f', '--home', several],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+            )
+            assert follower.stdout.readline() == b'on\n'
+            assert cli('cancel', '3', home=several)[1] == 'Job 3 is being cancelled\n'
+            out, err = follower.communicate(timeout=20)
+            assert (follower.returncode, out) == (1, b'') and b'Job 3: cancelled' in err
+        code, out, _ = cli('job', '3', home=several)
+        facts = json.loads(out)
+        assert list(facts) == (
+            'job target state exit_code error created started ended expires'.split()
+        )
+        assert (facts['state'], facts['expires']) == ('cancelled', None)
+        code, _, err = cli('job', '9', home=several)
+        assert code == 2 and 'no job 9' in err
+        code, _, err = cli('exec', 'one', '--detach', '--expires', 'soon', '--', 'x', home=several)
+        assert code == 2 and '30m' in err
+        dispatcher = tentacle.Dispatcher(several)
+        assert list(dispatcher.submit(['web-*'], 'true').values()) == [4, 5]
+        with dispatcher.job_store() as store:
+            assert over(store, 5).exit_code == 0
+    with dispatcher.job_store() as store:  # without `serve`
+        assert len(store.jobs()) == 5
 
 
 @pytest.mark.parametrize(
@@ -6413,6 +6682,25 @@ def bench_a_thousand(folder, keys):
     with concurrent.futures.ThreadPoolExecutor(32) as threads:
         list(threads.map(job, range(1000)))
     measured('a script for each, 32 at once', 's', time.perf_counter() - begun, '', '')
+
+    cpu = cpu_seconds(serve.pid)
+    begun = time.perf_counter()
+    with client_of(0) as client:
+        for number in range(1000):
+            facts = ['n%d' % number, 'poll://n%d/' % number, None, 'true', None, False]
+            client.call('TentaclePy', 'AddJob', *facts)
+    taken = time.perf_counter() - begun
+    measured('a kept job for each: taken', '/s', 1000 / taken, '', '')
+    store = tentacle.JobStore(home, read_only=True)
+    while store.jobs(everything=False):
+        pause(0.2)
+    text = 'CPU of `serve` %.1f s, its memory %.0f MB' % (
+        cpu_seconds(serve.pid) - cpu,
+        memory_kb(serve.pid) / 1024,
+    )
+    measured('all of them brought to their ends', 's', time.perf_counter() - begun, text, '')
+    assert {job.state for job in store.jobs()} == {'finished'}
+    store.close()
     agents.stdin.close()
     agents.kill()
     agents.wait()
