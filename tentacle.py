@@ -269,6 +269,9 @@ class Limits(NamedTuple):
     log_line: int = 32 << 10  # characters of one log entry: a line without end is cut
     log_answer_lines: int = 10000  # of one status answer; the client asks again for the rest
     log_answer_bytes: int = 4 << 20  # the same in bytes of the log
+    # -- what `serve` keeps
+    job_lines: int = 1000000  # of one job's output
+    job_steps: int = 4  # calls at once for the jobs of one tentacle: the others have theirs
 
     def __repr__(self) -> str:
         """Short, since it stands in many signatures."""
@@ -5651,7 +5654,7 @@ class _ScriptRun:
                 return call(self._next)
             except ConnectionLost as error:
                 if attempt == self._limits.reconnect_attempts - 1:
-                    raise
+                    raise ConnectionLost(str(error))  # it is the script's end that is not known
                 logger.info('%s; asking again', error)
                 self._pause(self._limits.reconnect_pause)
 
@@ -6587,15 +6590,17 @@ class Relay:
         try:
             if request.method == 'LastSeen':
                 result: Any = self._server.last_seen(*request.params)
-            elif request.method == 'AddJob':
-                target, uri, thumbprint, script, expires, retry_lost = request.params
-                endpoint = ServiceEndPoint(uri, thumbprint)
-                result = self._jobs.add(target, endpoint, script, expires, retry_lost)
+            elif request.method == 'AddJobs':
+                listed, script, expires, retry_lost = request.params
+                targets = [(name, ServiceEndPoint(uri, pinned)) for name, uri, pinned in listed]
+                result = self._jobs.add_all(targets, script, expires, retry_lost)
             elif request.method == 'CancelJob':
                 result = self._jobs.cancel(*request.params).state
             else:
                 result = [connection._asdict() for connection in self._server.connections()]
             return Response(request.id, result)
+        except (TypeError, ValueError) as error:
+            raise ProtocolError('%s: %s' % (request.method, error))
         except TentacleError as error:
             kind = 'tentacle.py ' + type(error).__name__
             return Response(request.id, error=ServiceError(str(error), kind))
@@ -6677,33 +6682,40 @@ class FanOut:
         self._limits = limits
         self._lock = threading.Lock()
         self._failures = 0
+        self._threads: List[threading.Thread] = []
         self._results: Any = queue.SimpleQueue()
 
     def results(self, targets: Sequence[str]) -> Iterator[TargetResult]:
         """One for each target, as they come; who stops asking for more has the rest cancelled."""
         size = self._rolling or len(targets)
+        deadline = None
         try:
             for start in range(0, len(targets), size or 1):
                 yield from self._wave(targets[start : start + size])
+        except BaseException:
+            deadline = time.monotonic() + self._limits.cancelled_script
+            raise
         finally:
             self.stop.set()
+            for thread in self._threads if deadline is not None else ():
+                thread.join(max(deadline - time.monotonic(), 0))
 
     def _wave(self, targets: Sequence[str]) -> Iterator[TargetResult]:
         waiting = set(targets)
         queue = iter(targets)
         for _ in range(min(self._parallel, len(targets))):
-            start_thread('target', self._work, queue)
+            self._threads.append(start_thread('target', self._work, queue))
         deadline = None
         while waiting:
             if self.stop.is_set() and deadline is None:
                 deadline = time.monotonic() + self._limits.cancelled_script
-            if deadline is not None and time.monotonic() > deadline:
+            if deadline is not None and time.monotonic() > deadline and self._results.empty():
                 for target in sorted(waiting):
                     text = 'it does not answer; if the script was started, it may go on there'
                     yield TargetResult(target, 'cancelled', None, 0.0, text)
                 return
             result = self._next_result()
-            if result is not None:
+            if result is not None and result.target in waiting:
                 waiting.remove(result.target)
                 yield result
 
@@ -6869,29 +6881,45 @@ class JobStore:
             if self._database is not None:
                 self._database.close()
 
-    def add(
+    def add_all(
         self,
-        target: str,
-        endpoint: ServiceEndPoint,
+        targets: Sequence[Tuple[str, ServiceEndPoint]],
         script: str,
         expires: Optional[int] = None,
         retry_lost: bool = False,
-    ) -> int:
-        """The number of a new job, which is on the disk."""
-        row = (target, endpoint.uri, endpoint.thumbprint, script, new_ticket(), '', 'waiting', '')
-        row += (int(time.time() * 1000), expires, 0, 0, 0, int(retry_lost))
-        with self._told(), self._database:
-            cursor = self._database.execute(
-                'INSERT INTO jobs (target, uri, thumbprint, script, ticket, service, state, error,'
-                ' created, expires, next_log, base, cancel, retry_lost)'
-                ' VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)',
-                row,
-            )
-            return cursor.lastrowid
+    ) -> List[int]:
+        """The numbers of new jobs, one for each (name, endpoint), which are on the disk, all or
+        none.
+        """
+        created = int(time.time() * 1000)
+        numbers = []
+        with self._told(), self._durable(), self._database:
+            for target, endpoint in targets:
+                row = (target, endpoint.uri, endpoint.thumbprint, script, new_ticket(), '')
+                row += ('waiting', '', created, expires, 0, 0, 0, int(retry_lost))
+                cursor = self._database.execute(
+                    'INSERT INTO jobs (target, uri, thumbprint, script, ticket, service, state,'
+                    ' error, created, expires, next_log, base, cancel, retry_lost)'
+                    ' VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?)',
+                    row,
+                )
+                numbers.append(cursor.lastrowid)
+        return numbers
+
+    @contextlib.contextmanager
+    def _durable(self, wanted: bool = True) -> Iterator[None]:
+        """What is written within survives a power cut; else a kill alone. With the lock."""
+        if wanted:
+            self._database.execute('PRAGMA synchronous = FULL')
+        try:
+            yield
+        finally:
+            self._database.execute('PRAGMA synchronous = NORMAL')
 
     def jobs(self, everything: bool = True) -> List[Job]:
-        """All, or those that are not over, oldest first."""
-        query = 'SELECT * FROM jobs%s ORDER BY number'
+        """All, or those that are not over, oldest first; without their scripts."""
+        columns = ', '.join("''" if name == 'script' else name for name in Job._fields)
+        query = 'SELECT ' + columns + ' FROM jobs%s ORDER BY number'
         where = '' if everything else " WHERE state IN ('waiting', 'sent', 'running', 'ended')"
         with self._told():
             return [Job(*row) for row in self._database.execute(query % where)]
@@ -6913,14 +6941,16 @@ class JobStore:
             rows = self._database.execute(query + ' ORDER BY number', (number, after)).fetchall()
         return [(line, LogEntry(source, occurred, text)) for line, source, occurred, text in rows]
 
-    def change(self, job: Job, lines: Sequence[LogEntry] = (), **columns: Any) -> Job:
+    def change(
+        self, job: Job, lines: Sequence[LogEntry] = (), durable: bool = False, **columns: Any
+    ) -> Job:
         """Change columns, and add lines that begin at its next number, as one."""
         names = ', '.join('%s = ?' % name for name in columns)
         added = [
             (job.number, job.base + job.next_log + i, entry[0], entry[1], entry[2])
             for i, entry in enumerate(lines)
         ]
-        with self._told(), self._database:
+        with self._told(), self._durable(durable), self._database:
             self._database.executemany('INSERT INTO lines VALUES (?, ?, ?, ?, ?)', added)
             self._database.execute(
                 'UPDATE jobs SET %s WHERE number = ?' % names, (*columns.values(), job.number)
@@ -6937,7 +6967,7 @@ class JobStore:
             )
             self._database.execute(
                 'DELETE FROM jobs WHERE %s AND number NOT IN'
-                ' (SELECT number FROM jobs ORDER BY number DESC LIMIT ?)' % over,
+                ' (SELECT number FROM jobs WHERE %s ORDER BY number DESC LIMIT ?)' % (over, over),
                 (count,),
             )
 
@@ -6968,13 +6998,17 @@ class JobRunner:
         self._client_of = client_of
         self._is_there = is_there
         self._limits = limits
-        self._changed = threading.Condition()
+        self._changed = threading.Condition(threading.RLock())
         self._due: List[Tuple[float, int]] = []  # a heap of (moment, job)
         self._planned: Dict[int, float] = {}  # the moment of each; any other in the heap is stale
         self._at_work: Set[int] = set()
         self._again: Set[int] = set()  # to be looked at when its step is over
         self._absent: Dict[str, Set[int]] = {}  # the jobs of a subscription that nobody polls
         self._quiet: Dict[int, int] = {}  # steps without news
+        self._failures: Dict[int, int] = {}  # the same of steps that failed
+        self._uris: Dict[int, str] = {}  # of the jobs that are not over
+        self._busy: Dict[str, int] = {}  # steps under way for each tentacle
+        self._held: Dict[str, List[int]] = {}  # due, but there are enough of those
         self._stopping = False
         self._threads: List[threading.Thread] = []
 
@@ -6982,6 +7016,7 @@ class JobRunner:
         """Go on with what is not over."""
         self._store.prune(*self._keep)
         for job in self._store.jobs(everything=False):
+            self._uris[job.number] = job.uri
             self._plan(job.number, 0)
         self._threads = [start_thread('jobs', self._work) for _ in range(self._THREADS)]
 
@@ -6997,18 +7032,34 @@ class JobRunner:
         for thread in self._threads:
             thread.join(max(deadline - time.monotonic(), 0))
 
-    def add(self, *arguments: Any, **options: Any) -> int:
+    def add(self, target: str, endpoint: ServiceEndPoint, *arguments: Any, **options: Any) -> int:
         """As `JobStore.add`."""
-        number = self._store.add(*arguments, **options)
-        self._plan(number, 0)
-        return number
+        return self.add_all([(target, endpoint)], *arguments, **options)[0]
+
+    def add_all(
+        self, targets: Sequence[Tuple[str, ServiceEndPoint]], *arguments: Any, **options: Any
+    ) -> List[int]:
+        """As `JobStore.add_all`."""
+        numbers = self._store.add_all(targets, *arguments, **options)
+        for number, (_, endpoint) in zip(numbers, targets):
+            self._uris[number] = endpoint.uri
+            self._plan(number, 0)
+        return numbers
 
     def cancel(self, number: int) -> Job:
-        """Have a job cancelled; one that is over stays as it is."""
+        """Have a job cancelled; one that is over stays as it is. A second time, one whose tentacle
+        can not be reached is given up.
+        """
         job = self._store.job(number)
-        if not job.is_over:
-            job = self._store.change(job, cancel=1)
-            self._plan(number, 0)
+        if job.is_over:
+            return job
+        with self._changed:
+            is_free = number not in self._at_work
+        if job.cancel and is_free:
+            self._end(job, 'lost', 'it was cancelled, and its tentacle was not reached')
+            return self._store.job(number)
+        job = self._store.change(job, cancel=1)
+        self._plan(number, 0)
         return job
 
     def look(self, uri: str) -> None:
@@ -7036,15 +7087,17 @@ class JobRunner:
             number = self._next()
             if number is None:
                 return
-            seconds: Optional[float] = 1.0
+            uri = self._uris.get(number, '')
+            seconds: Optional[float] = None
             try:
-                seconds = self._step(self._store.job(number))
+                seconds = self._look_after(number)
             except TentacleError as error:
                 logger.error('Job %d: %s', number, error)
                 seconds = 5.0
             except Exception:  # a bug; the others go on
                 logger.exception('Job %d', number)
                 seconds = 60.0
+            self._release(uri)
             with self._changed:
                 self._at_work.discard(number)
                 if number in self._again:
@@ -7052,6 +7105,25 @@ class JobRunner:
                     seconds = 0
             if seconds is not None:
                 self._plan(number, seconds)
+
+    def _look_after(self, number: int) -> Optional[float]:
+        try:
+            job = self._store.job(number)
+        except UsageError:
+            return None  # it was pruned
+        return self._step(job)
+
+    def _release(self, uri: str) -> None:
+        """A step is over: another one of its tentacle may be taken."""
+        with self._changed:
+            self._busy[uri] = self._busy.get(uri, 1) - 1
+            if not self._busy[uri]:
+                del self._busy[uri]
+            if self._held.get(uri):
+                held = self._held[uri].pop(0)
+                if not self._held[uri]:
+                    del self._held[uri]
+                self._plan(held, 0)
 
     def _next(self) -> Optional[int]:
         """Waits for the next job that is due; None when we are to stop."""
@@ -7061,13 +7133,19 @@ class JobRunner:
             while not self._stopping:
                 left = self._due[0][0] - time.monotonic() if self._due else None
                 if left is None or left > 0:
-                    self._changed.wait(left)
+                    self._changed.wait(None if left is None else min(left, 3600.0))
                     continue
                 moment, number = heapq.heappop(self._due)
-                if self._planned.get(number) == moment:
-                    del self._planned[number]
+                if self._planned.get(number) != moment:
+                    continue
+                del self._planned[number]
+                uri = self._uris.get(number, '')
+                if self._busy.get(uri, 0) < self._limits.job_steps:
+                    self._busy[uri] = self._busy.get(uri, 0) + 1
                     self._at_work.add(number)
                     return number
+                if number not in self._held.setdefault(uri, []):
+                    self._held[uri].append(number)
         return None
 
     def _step(self, job: Job) -> Optional[float]:
@@ -7088,7 +7166,11 @@ class JobRunner:
                 self._absent.setdefault(job.uri, set()).add(job.number)
             if self._is_there(job.uri):  # it came meanwhile
                 self.look(job.uri)
-            return None if job.expires is None else max(job.expires - now, 0) / 1000
+            if job.state == 'ended':  # the tentacle will clean up by itself
+                return self._end(job, 'finished', '')
+            if job.state != 'waiting' or job.expires is None:
+                return None
+            return max(job.expires - now, 0) / 1000
         try:
             return self._advance(job, self._client_of(job.target, endpoint))
         except ProtocolError as error:
@@ -7096,9 +7178,13 @@ class JobRunner:
         except ServiceError as error:
             return self._end(job, 'failed', str(error))
         except (ConnectionLost, UntrustedThumbprint) as error:
-            self._store.change(job, error=str(error))
-            quiet = self._quiet[job.number] = self._quiet.get(job.number, 0) + 1
-            return min(2.0 ** min(quiet, 6), 60.0)
+            self._store.change(self._store.job(job.number), error=printable(error, 2000))
+            return self._longer_pause(job)
+
+    def _longer_pause(self, job: Job) -> float:
+        """Seconds after a failure, more with each in a row."""
+        failures = self._failures[job.number] = self._failures.get(job.number, 0) + 1
+        return min(2.0**failures, 60.0)
 
     def _advance(self, job: Job, client: Any) -> Optional[float]:
         """Raises TentacleError."""
@@ -7107,27 +7193,47 @@ class JobRunner:
             job = self._store.change(job, service=service)
         calls: Any = (_ScriptCallsV2 if job.service == 'V2' else _ScriptCallsV1)(client, job.ticket)
         if job.state == 'ended':
-            calls.complete(job.next_log)
+            with contextlib.suppress(ServiceError, ProtocolError):
+                calls.complete(job.next_log)
             was_cancelled = job.exit_code == CANCELED_EXIT_CODE
             return self._end(job, 'cancelled' if was_cancelled else 'finished', '')
         if job.state == 'sent' and job.service == 'V1':
             return self._lose(job, 'whether it was started is not known')
         if job.state in ('waiting', 'sent') and not job.cancel:
-            started = job.started or int(time.time() * 1000)
-            job = self._store.change(job, state='sent', started=started)
-            status = calls.start(job.script, 'job %d' % job.number, [], 0.0)
+            status = self._start(job, calls)
         else:
             status = calls.cancel(job.next_log) if job.cancel else calls.status(job.next_log)
         return self._take(job, calls, status)
 
+    def _start(self, job: Job, calls: Any) -> Any:
+        """The first status. What is on the disk ahead of each step says what is to be done when it
+        is the last one.
+        """
+        started = job.started or int(time.time() * 1000)
+        self._store.change(job, durable=job.service == 'V1', state='sent', started=started)
+        try:
+            return calls.start(job.script, 'job %d' % job.number, [], 0.0)
+        except NotDelivered:
+            if job.state == 'waiting':
+                self._store.change(job, state='waiting', started=job.started)
+            raise
+        except ConnectionLost:
+            if job.service == 'V1' and calls.ticket:  # it was started, and only asking failed
+                self._store.change(job, state='running', ticket=calls.ticket[:200])
+            raise
+
     def _take(self, job: Job, calls: Any, status: Any) -> Optional[float]:
+        if not 0 <= status.next_log_sequence < 1 << 40:
+            raise ProtocolError('a number of a log line is impossible')
         if status.exit_code == UNKNOWN_TICKET_EXIT_CODE and status.state == COMPLETE:
             if job.state == 'sent' and job.cancel:
                 return self._end(job, 'cancelled', 'it was cancelled ahead of its start')
             return self._lose(job, 'the tentacle does not know it any more')
+        self._failures.pop(job.number, None)
         first = status.next_log_sequence - len(status.logs)
         new = status.logs[max(job.next_log - first, 0) :]
-        columns: Dict[str, Any] = {'state': 'running', 'error': '', 'ticket': calls.ticket}
+        new = self._within_bounds(job, new)
+        columns: Dict[str, Any] = {'state': 'running', 'error': '', 'ticket': calls.ticket[:200]}
         columns['next_log'] = max(job.next_log, status.next_log_sequence)
         if status.state == COMPLETE:
             columns.update(state='ended', exit_code=status.exit_code)
@@ -7136,6 +7242,15 @@ class JobRunner:
             return 0
         quiet = self._quiet[job.number] = 0 if new else self._quiet.get(job.number, 0) + 1
         return self._PAUSES[min(quiet, len(self._PAUSES) - 1)]
+
+    def _within_bounds(self, job: Job, lines: List[LogEntry]) -> List[LogEntry]:
+        """A log's lines as far as they are kept."""
+        most = self._limits.job_lines
+        kept = lines[: max(most - job.base - job.next_log, 0)]
+        if len(kept) < len(lines) and job.base + job.next_log <= most:
+            text = 'The rest of the output is not kept: %d lines are' % most
+            kept.append(LogEntry(STDERR, int(time.time() * 1000), text))
+        return [entry._replace(text=entry.text[: self._limits.log_line]) for entry in kept]
 
     def _lose(self, job: Job, reason: str) -> Optional[float]:
         if not job.retry_lost or job.cancel:
@@ -7146,11 +7261,18 @@ class JobRunner:
         self._store.change(
             job, [entry], state='waiting', ticket=new_ticket(), next_log=0, base=base, service=''
         )
-        return 0
+        return self._longer_pause(job)
 
     def _end(self, job: Job, state: str, error: str) -> None:
-        self._store.change(job, state=state, error=error, ended=int(time.time() * 1000))
-        self._quiet.pop(job.number, None)
+        ended = int(time.time() * 1000)
+        self._store.change(job, state=state, error=printable(error, 2000), ended=ended)
+        with self._changed:
+            facts: Any
+            for facts in (self._quiet, self._failures, self._uris):
+                facts.pop(job.number, None)
+            self._absent.get(job.uri, set()).discard(job.number)
+            if not self._absent.get(job.uri, True):
+                del self._absent[job.uri]
         self._ended += 1
         if self._ended % 100 == 0:
             self._store.prune(*self._keep)
@@ -7546,6 +7668,7 @@ class Targets:
         except (OSError, ValueError) as error:
             raise TentacleError('The targets file %s can not be read: %s' % (self.path, error))
         self._sections = self._parse()
+        self._all: Optional[Dict[str, ServiceEndPoint]] = None
 
     def _parse(self) -> Any:
         import configparser
@@ -7643,7 +7766,9 @@ class Targets:
 
     def all(self) -> Dict[str, ServiceEndPoint]:
         """Every target by its name, in the order of the file. Raises TentacleError."""
-        return {name: self._endpoint(name) for name in self._sections.sections()}
+        if self._all is None:
+            self._all = {name: self._endpoint(name) for name in self._sections.sections()}
+        return dict(self._all)
 
     def _endpoint(self, name: str) -> ServiceEndPoint:
         section = self._sections[name]
@@ -7680,6 +7805,7 @@ class Targets:
             )
         write_private(self.path, self._text.encode())
         self._sections = self._parse()
+        self._all = None
 
 
 class TrustedPollers:
@@ -7843,11 +7969,9 @@ class Dispatcher:
         known = Targets(self.home)
         called = [(name, known.to_call(name, end)) for name, end in known.choose(targets).items()]
         moment = None if expires is None else Int64(int(expires * 1000))
-        numbers = {}
-        for name, end in called:
-            facts = name, end.uri, end.thumbprint, script, moment, retry_lost
-            numbers[name] = self._ask_serve('AddJob', *facts)
-        return numbers
+        listed = [[name, end.uri, end.thumbprint] for name, end in called]
+        numbers = self._ask_serve('AddJobs', listed, script, moment, retry_lost)
+        return {name: number for (name, _), number in zip(called, numbers)}
 
     def cancel(self, number: int) -> str:
         """Have a job cancelled; the state that it was in. Raises UsageError, NotDelivered."""
@@ -8254,13 +8378,15 @@ def _serve(arguments: Any) -> int:
         _allow_many_descriptors()
         server = _polling_server(arguments, settings, identity, given, port)
         store = JobStore(settings.home)
-        clients: Dict[str, Any] = {}
+        clients: Dict[ServiceEndPoint, Any] = {}  # a pin or a proxy that changed makes another
+        targets = Watched(Targets(settings.home).path, lambda: Targets(settings.home))
 
         def client_of(target: str, endpoint: ServiceEndPoint) -> Any:
             if endpoint.is_polling:
                 return server.client(endpoint)
-            called = Targets(settings.home).to_call(target, endpoint)
-            return clients.setdefault(endpoint.uri, TentacleClient(called, identity))
+            called = targets().to_call(target, endpoint)
+            called = called._replace(queue_timeout=0.0)
+            return clients.setdefault(called, TentacleClient(called, identity))
 
         keep = settings.job_days * 86400.0, settings.job_count
         jobs = JobRunner(store, client_of, server.is_connected, keep)
@@ -8505,7 +8631,8 @@ def _check(client: Any) -> Dict[str, Any]:
     """What a tentacle says of itself. Raises TentacleError."""
     capabilities = client.capabilities()
     begun = time.monotonic()
-    client.call('ICapabilitiesServiceV2', 'GetCapabilities')  # over the warm connection
+    with contextlib.suppress(ServiceError):  # an old tentacle; over the warm connection
+        client.call('ICapabilitiesServiceV2', 'GetCapabilities')
     latency = time.monotonic() - begun
     lines: List[OutputLine] = []
     client.run_script(_VERSION_SCRIPT, lines.append)
@@ -8663,7 +8790,7 @@ class _ManyPrinter:
             return
         with self._lock:
             if self._arguments.group_output and not self._arguments.json:
-                self._kept[name].append(line)
+                self._kept.setdefault(name, []).append(line)
             else:
                 self._print(name, line)
 
@@ -8849,8 +8976,10 @@ def _duration(text: str) -> int:
 def _detach(
     arguments: Any, settings: Settings, targets: Dict[str, ServiceEndPoint], script: str
 ) -> int:
-    if arguments.file:
-        raise UsageError('--file does not go with --detach: upload the files first')
+    for option in ('file', 'rolling', 'max_fail', 'trust', 'proxy', 'listen_for_polling', 'quiet'):
+        if getattr(arguments, option) not in (None, False, []):
+            name = option.replace('_', '-')
+            raise UsageError('--%s does not go with --detach' % name)
     expires = None
     if arguments.expires is not None:
         expires = time.time() + _duration(arguments.expires)
@@ -9202,11 +9331,14 @@ def _upload_to_many(
         def progress(done: int) -> None:
             if fan_out.stop.is_set():
                 raise Cancelled('it was cancelled')
-            bar.progress(place, done)
+            if arguments.json:
+                report.progress(done, total)
+            else:
+                bar.progress(place, done)
 
+        report = _TransferReport(arguments.json, name, path, total)
         with client_of(_pinned(arguments, settings, name, endpoint)) as client:
-            on_progress = None if arguments.json else progress
-            _upload_to_one(arguments, client, open_file, name, path, on_progress, bar.aside)
+            _upload_to_one(arguments, client, open_file, name, path, progress, bar.aside)
         return 0
 
     fan_out = FanOut(run_on, _number('--parallel', arguments.parallel, 1, 1000))

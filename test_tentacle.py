@@ -5217,8 +5217,8 @@ def store(tmp_path):
 
 
 def test_jobs_and_their_lines(store, tmp_path):
-    first = store.add('one', ONE, 'echo hi')
-    second = store.add('two', ONE._replace(thumbprint='0' * 40), 'echo', 1234, True)
+    first = store.add_all([('one', ONE)], 'echo hi')[0]
+    second = store.add_all([('two', ONE._replace(thumbprint='0' * 40))], 'echo', 1234, True)[0]
     assert stat.S_IMODE(os.stat(store.path).st_mode) == 0o600
     job = store.job(second)
     assert (job.target, job.uri, job.thumbprint, job.script) == ('two', ONE.uri, '0' * 40, 'echo')
@@ -5233,7 +5233,7 @@ def test_jobs_and_their_lines(store, tmp_path):
     with pytest.raises(tentacle.UsageError, match='no job 9'):
         reader.job(9)
     with pytest.raises(tentacle.TentacleError, match='readonly'):
-        reader.add('x', ONE, 'x')
+        reader.add_all([('x', ONE)], 'x')
     reader.close()
     store.prune(3600, 100)
     assert [job.number for job in store.jobs()] == [second]
@@ -5243,7 +5243,7 @@ def test_jobs_and_their_lines(store, tmp_path):
 def test_old_jobs_are_pruned_by_count(store):
     now = int(time.time() * 1000)
     for number in range(10):
-        job = store.job(store.add('one', ONE, 'x'))
+        job = store.job(store.add_all([('one', ONE)], 'x')[0])
         if number:
             store.change(job, state='finished', ended=now)
     store.prune(3600, 3)
@@ -5266,7 +5266,7 @@ def test_databases_that_can_not_be_used(tmp_path):
 
 def test_a_full_disk_loses_no_job(store):
     """What can not be written is refused, and what stood there still does."""
-    number = store.add('one', ONE, 'x')
+    (number,) = store.add_all([('one', ONE)], 'x')
     (pages,) = store._database.execute('PRAGMA page_count').fetchone()
     store._database.execute('PRAGMA max_page_count = %d' % pages)
     with pytest.raises(tentacle.TentacleError, match='full'):
@@ -5328,6 +5328,108 @@ def test_a_job_waits_for_its_tentacle(tmp_path, keys):
     assert sorted(lines) == [(0, 'out'), (1, 'err')]
 
 
+class FakeScripts:
+    """Stands in for a client: `answer` makes of (method, command) a status, or raises."""
+
+    def __init__(self, answer):
+        self.call_for = lambda cls, service, method, command: answer(method, command)
+        self.call = lambda service, method, command: None
+
+    def capabilities(self):
+        return ['IScriptServiceV2']
+
+
+def status_of(state, code=0, lines=(), following=0):
+    return tentacle.ScriptStatusResponseV2(
+        state=state, exit_code=code, logs=list(lines), next_log_sequence=following
+    )
+
+
+DONE = status_of(tentacle.COMPLETE, 0)
+HOST = tentacle.ServiceEndPoint('https://host:1/', '0' * 40)
+
+
+@contextlib.contextmanager
+def faked_jobs(tmp_path, clients, there=lambda uri: False):
+    store = tentacle.JobStore(str(tmp_path))
+    runner = tentacle.JobRunner(store, lambda name, endpoint: clients[name], there)
+    runner.start()
+    try:
+        yield runner, store
+    finally:
+        runner.stop()
+        runner.join()
+        store.close()
+
+
+def test_an_expiry_in_a_far_future_stops_nobody(tmp_path):
+    clients = {'host': FakeScripts(lambda method, command: DONE)}
+    with faked_jobs(tmp_path, clients) as (runner, store):
+        for _ in range(40):
+            runner.add('away', ONE, 'x', 10**17)
+        assert over(store, runner.add('host', HOST, 'x')).state == 'finished'
+
+
+def test_a_job_that_runs_expires_no_more(tmp_path, monkeypatch):
+    """It waits for its tentacle, and does not spin."""
+    there = [True]
+    steps = []
+    step = tentacle.JobRunner._step
+    monkeypatch.setattr(
+        tentacle.JobRunner, '_step', lambda self, job: (steps.append(job.state), step(self, job))[1]
+    )
+    clients = {'one': FakeScripts(lambda method, command: status_of(tentacle.RUNNING))}
+    with faked_jobs(tmp_path, clients, lambda uri: there[0]) as (runner, store):
+        number = runner.add('one', ONE, 'x', int(time.time() * 1000) + 200)
+        eventually(lambda: store.job(number).state == 'running')
+        there[0] = False
+        eventually(lambda: number in runner._absent.get(ONE.uri, ()))
+        threading.Event().wait(0.4)
+        assert len(steps) < 20 and store.job(number).state == 'running'
+
+
+def test_a_start_that_did_not_leave_is_none(tmp_path):
+    def refuse(method, command):
+        raise tentacle.NotDelivered('refused')
+
+    with faked_jobs(tmp_path, {'host': FakeScripts(refuse)}) as (runner, store):
+        number = runner.add('host', HOST, 'x')
+        eventually(lambda: store.job(number).error)
+        assert (store.job(number).state, store.job(number).started) == ('waiting', None)
+        runner.cancel(number)
+        assert over(store, number).state == 'cancelled'
+
+
+def test_a_slow_tentacle_delays_no_other(tmp_path):
+    ended = threading.Event()
+
+    def wait(method, command):
+        ended.wait(20)
+        return DONE
+
+    clients = {'slow': FakeScripts(wait), 'host': FakeScripts(lambda method, command: DONE)}
+    with faked_jobs(tmp_path, clients) as (runner, store):
+        slow = [runner.add('slow', HOST._replace(uri='https://slow:1/'), 'x') for _ in range(50)]
+        assert over(store, runner.add('host', HOST, 'x')).state == 'finished'
+        ended.set()
+        for number in slow:
+            assert over(store, number).state == 'finished'
+
+
+def test_a_tentacle_that_loses_all_is_not_stormed(tmp_path):
+    asked = []
+
+    def lose(method, command):
+        asked.append(method)
+        return status_of(tentacle.COMPLETE, tentacle.UNKNOWN_TICKET_EXIT_CODE)
+
+    with faked_jobs(tmp_path, {'host': FakeScripts(lose)}) as (runner, store):
+        number = runner.add('host', HOST, 'x', None, True)
+        eventually(lambda: asked)
+        threading.Event().wait(0.5)
+        assert len(asked) == 1 and len(store.lines(number)) == 1
+
+
 @pytest.mark.parametrize('retry', [False, True])
 def test_a_job_that_its_tentacle_lost(tmp_path, keys, retry):
     go = tmp_path / 'go'
@@ -5382,8 +5484,8 @@ def test_jobs_outlive_a_serve_that_is_killed(tmp_path, keys):
                     mark,
                     chance.randrange(3),
                 )
-                facts = ['one', 'poll://one/', keys['agent'].thumbprint, body, None, False]
-                added.append(client.call('TentaclePy', 'AddJob', *facts))
+                facts = [['one', 'poll://one/', keys['agent'].thumbprint]], body, None, False
+                added += client.call('TentaclePy', 'AddJobs', *facts)
         return added
 
     numbers = []
@@ -5863,6 +5965,8 @@ def test_jobs_on_the_command_line(several, tmp_path, keys):
         assert code == 2 and 'no job 9' in err
         code, _, err = cli('exec', 'one', '--detach', '--expires', 'soon', '--', 'x', home=several)
         assert code == 2 and '30m' in err
+        code, _, err = cli('exec', 'one', '--detach', '--rolling', '1', '--', 'x', home=several)
+        assert code == 2 and '--rolling does not go' in err
         dispatcher = tentacle.Dispatcher(several)
         assert list(dispatcher.submit(['web-*'], 'true').values()) == [4, 5]
         with dispatcher.job_store() as store:
@@ -6687,8 +6791,8 @@ def bench_a_thousand(folder, keys):
     begun = time.perf_counter()
     with client_of(0) as client:
         for number in range(1000):
-            facts = ['n%d' % number, 'poll://n%d/' % number, None, 'true', None, False]
-            client.call('TentaclePy', 'AddJob', *facts)
+            facts = [['n%d' % number, 'poll://n%d/' % number, None]], 'true', None, False
+            client.call('TentaclePy', 'AddJobs', *facts)
     taken = time.perf_counter() - begun
     measured('a kept job for each: taken', '/s', 1000 / taken, '', '')
     store = tentacle.JobStore(home, read_only=True)
