@@ -5164,7 +5164,7 @@ def test_waves_and_failures():
 def test_a_hundred_targets_of_which_some_are_ill(shared_agent, tmp_path, keys):
     """One slow or dead host delays nobody, and each is told of by itself."""
     home = tmp_path / 'home'
-    dispatcher = tentacle.Dispatcher(str(home), LIMITS._replace(handshake=1, cancelled_script=3))
+    dispatcher = tentacle.Dispatcher(str(home), LIMITS._replace(handshake=5, cancelled_script=3))
     cli('configure', '--trust', dispatcher.identity.thumbprint, home=shared_agent.home)
     silent, dropping = [socket.create_server(('127.0.0.1', 0)) for _ in range(2)]
 
@@ -5202,8 +5202,7 @@ def test_a_hundred_targets_of_which_some_are_ill(shared_agent, tmp_path, keys):
         assert words.get(kind, '') in result.error
     good = [result.target for result in results if result.state == 'ok']
     assert sorted(output) == sorted((target, 'hi') for target in good) and len(good) == 80
-    # Not at the end: the silent ones take their time for a handshake.
-    assert [result.state for result in results[-2:]] == ['unreachable'] * 2
+    assert results[-1].target.startswith('silent')  # it takes its time for a handshake
 
 
 # -- jobs that are kept
