@@ -32,9 +32,11 @@ shakes hands, reads requests and runs the services, or hands a polling tentacle 
 connections` waits for those polling tentacles that have none; `polling ADDRESS` (one a connection)
 is the service of a server it dials; `relay` and `relayed call` take the calls of other processes to
 a polling tentacle; `file` reads, hashes and writes a long file beside the thread that has the wire;
-`script TICKET` waits for the end of a script's supervisor, `mutex TICKET` for the end of a wait for
-the isolation mutex; `cleaner` looks for old workspaces every two hours. But for that none of them
-wakes up when nothing happens. The processes of a script are listed at the top of section 13.
+`target` runs a script on one of several targets, and `jobs` (32 of them in `serve`) those that are
+kept; `script TICKET` waits for the end of a script's supervisor, `mutex TICKET` for the end of a
+wait for the isolation mutex; `cleaner` looks for old workspaces every two hours. But for that none
+of them wakes up when nothing happens. The processes of a script are listed at the top of section
+13.
 
 Sections, in the order of the file; a definition uses only what stands above it:
 
@@ -2953,6 +2955,9 @@ class MessageExchange:
         Raises ConnectionLost: a pooled connection that died meanwhile.
         """
         self._write_control(NEXT)
+        self._await_proceed()
+
+    def _await_proceed(self) -> None:
         self.stream.set_timeout(self._limits.progress)
         word = self._read_control()
         if word is None:
@@ -3007,11 +3012,8 @@ class MessageExchange:
                 return
             self._serve_one(message, handle)
             self.stream.set_timeout(limits.idle)
-            word = self._read_control() or END
-            self._conversation.advance(word)
-            if word == END:
+            if not self.asks_for_more():
                 return
-            self._write_control(PROCEED)
 
     def as_subscriber(
         self,
@@ -3050,11 +3052,7 @@ class MessageExchange:
                 self._write_control(word)
             if word == END:
                 return
-            self.stream.set_timeout(limits.progress)
-            answer = self._read_control()
-            if answer is None:
-                raise ConnectionLost('%s has closed the connection' % self.stream.peer)
-            self._conversation.advance(answer)
+            self._await_proceed()
 
     def accept_subscriber(self, subscribe: Callable[[str], None]) -> None:
         """Let a polling service that dialled us identify itself; we are its client from now on.
@@ -3071,7 +3069,7 @@ class MessageExchange:
         self.stream.write(NULL_MESSAGE)
 
     def asks_for_more(self) -> bool:
-        """Whether such a service goes on after its answer, which it is told that it may. Raises
+        """Whether the other side, whose turn it is, goes on, which it is told that it may. Raises
         ConnectionLost, ProtocolError.
         """
         word = self._read_control() or END
@@ -6582,8 +6580,13 @@ class Relay:
         except TentacleError as error:
             if answered:
                 raise
-            kind = 'tentacle.py ' + type(error).__name__
-            answer(Response(request.id, error=ServiceError(str(error), kind)))
+            answer(self._refusal(request, error))
+
+    @staticmethod
+    def _refusal(request: Request, error: TentacleError) -> Response:
+        """An error of ours, which a RelayedClient raises as what it is."""
+        kind = 'tentacle.py ' + type(error).__name__
+        return Response(request.id, error=ServiceError(str(error), kind))
 
     def _own_answer(self, request: Request) -> Response:
         """To a call for the server itself."""
@@ -6602,8 +6605,7 @@ class Relay:
         except (TypeError, ValueError) as error:
             raise ProtocolError('%s: %s' % (request.method, error))
         except TentacleError as error:
-            kind = 'tentacle.py ' + type(error).__name__
-            return Response(request.id, error=ServiceError(str(error), kind))
+            return self._refusal(request, error)
 
     def _await(
         self, stream: SocketStream, request: Request, take: Callable[[Response], None]
@@ -6778,6 +6780,7 @@ JOB_STATES = (
     'failed',  # the tentacle, or the target, refuses it
 )
 _JOB_IS_OVER = frozenset(JOB_STATES[4:])  # from `finished` on
+_JOB_IS_OVER_SQL = 'state IN (%s)' % ', '.join("'%s'" % state for state in JOB_STATES[4:])
 
 
 class Job(NamedTuple):
@@ -6920,7 +6923,7 @@ class JobStore:
         """All, or those that are not over, oldest first; without their scripts."""
         columns = ', '.join("''" if name == 'script' else name for name in Job._fields)
         query = 'SELECT ' + columns + ' FROM jobs%s ORDER BY number'
-        where = '' if everything else " WHERE state IN ('waiting', 'sent', 'running', 'ended')"
+        where = '' if everything else ' WHERE NOT ' + _JOB_IS_OVER_SQL
         with self._told():
             return [Job(*row) for row in self._database.execute(query % where)]
 
@@ -6959,7 +6962,7 @@ class JobStore:
 
     def prune(self, seconds: float, count: int) -> None:
         """Forget those that ended so long ago, and the oldest beyond a count, with their logs."""
-        over = "state NOT IN ('waiting', 'sent', 'running', 'ended')"
+        over = _JOB_IS_OVER_SQL
         with self._told(), self._database:
             self._database.execute(
                 'DELETE FROM jobs WHERE %s AND ended < ?' % over,
@@ -7033,7 +7036,7 @@ class JobRunner:
             thread.join(max(deadline - time.monotonic(), 0))
 
     def add(self, target: str, endpoint: ServiceEndPoint, *arguments: Any, **options: Any) -> int:
-        """As `JobStore.add`."""
+        """The same of one; its number."""
         return self.add_all([(target, endpoint)], *arguments, **options)[0]
 
     def add_all(
@@ -7154,7 +7157,6 @@ class JobRunner:
         """
         now = int(time.time() * 1000)
         if job.is_over:
-            self._quiet.pop(job.number, None)
             return None
         if job.state == 'waiting' and job.cancel:
             return self._end(job, 'cancelled', 'it was cancelled ahead of its start')
@@ -7162,20 +7164,18 @@ class JobRunner:
             return self._end(job, 'expired', 'nobody fetched it in its time')
         endpoint = ServiceEndPoint(job.uri, job.thumbprint, queue_timeout=10.0)
         if endpoint.is_polling and not self._is_there(job.uri):
+            if job.state == 'ended':  # the tentacle will clean up by itself
+                return self._end(job, 'finished', '')
             with self._changed:
                 self._absent.setdefault(job.uri, set()).add(job.number)
             if self._is_there(job.uri):  # it came meanwhile
                 self.look(job.uri)
-            if job.state == 'ended':  # the tentacle will clean up by itself
-                return self._end(job, 'finished', '')
             if job.state != 'waiting' or job.expires is None:
                 return None
             return max(job.expires - now, 0) / 1000
         try:
             return self._advance(job, self._client_of(job.target, endpoint))
-        except ProtocolError as error:
-            return self._end(job, 'failed', str(error))
-        except ServiceError as error:
+        except (ProtocolError, ServiceError) as error:
             return self._end(job, 'failed', str(error))
         except (ConnectionLost, UntrustedThumbprint) as error:
             self._store.change(self._store.job(job.number), error=printable(error, 2000))
@@ -7948,7 +7948,8 @@ class Dispatcher:
 
     # -- jobs, by the `serve` of the home
 
-    def _ask_serve(self, method: str, *params: Any) -> Any:
+    def ask_serve(self, method: str, *params: Any) -> Any:
+        """Call the `serve` of the home itself. Raises NotDelivered where none runs."""
         endpoint = ServiceEndPoint('poll://relay/')
         with RelayedClient(relay_path(self.home), endpoint, self.identity, self._limits) as client:
             return client.call(RELAY_SERVICE, method, *params)
@@ -7970,12 +7971,12 @@ class Dispatcher:
         called = [(name, known.to_call(name, end)) for name, end in known.choose(targets).items()]
         moment = None if expires is None else Int64(int(expires * 1000))
         listed = [[name, end.uri, end.thumbprint] for name, end in called]
-        numbers = self._ask_serve('AddJobs', listed, script, moment, retry_lost)
+        numbers = self.ask_serve('AddJobs', listed, script, moment, retry_lost)
         return {name: number for (name, _), number in zip(called, numbers)}
 
     def cancel(self, number: int) -> str:
         """Have a job cancelled; the state that it was in. Raises UsageError, NotDelivered."""
-        return self._ask_serve('CancelJob', Int64(number))
+        return self.ask_serve('CancelJob', Int64(number))
 
     @contextlib.contextmanager
     def job_store(self) -> Iterator[JobStore]:
@@ -8610,11 +8611,8 @@ def _connected(settings: Settings) -> List[Dict[str, Any]]:
     """The polling tentacles that are connected to our `serve`, where one runs."""
     if not os.path.exists(relay_path(settings.home)):
         return []
-    relayed = RelayedClient(
-        relay_path(settings.home), ServiceEndPoint('poll://relay/'), our_identity(settings)
-    )
-    with relayed, contextlib.suppress(NotDelivered):
-        return relayed.call(RELAY_SERVICE, 'Connections')
+    with contextlib.suppress(NotDelivered):
+        return Dispatcher(settings.home).ask_serve('Connections')
     return []
 
 
@@ -8896,11 +8894,9 @@ class _Patience:
     def _what(self, name: str, endpoint: ServiceEndPoint) -> str:
         if not endpoint.is_polling:
             return '%s to answer' % name
-        path = relay_path(self._settings.home)
         seen = None
         with contextlib.suppress(TentacleError):
-            with RelayedClient(path, endpoint, our_identity(self._settings)) as client:
-                seen = client.call(RELAY_SERVICE, 'LastSeen', endpoint.uri)
+            seen = Dispatcher(self._settings.home).ask_serve('LastSeen', endpoint.uri)
         if seen is None:
             return '%s to poll; it has not been seen yet' % name
         return '%s to poll, last seen %s ago' % (name, _ago(time.time() - seen))
