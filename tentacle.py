@@ -272,7 +272,8 @@ class Limits(NamedTuple):
     log_answer_lines: int = 10000  # of one status answer; the client asks again for the rest
     log_answer_bytes: int = 4 << 20  # the same in bytes of the log
     # -- what `serve` keeps
-    job_lines: int = 1000000  # of one job's output
+    job_lines: int = 1000000  # of one job's output,
+    job_characters: int = 256 << 20  # and of their text
     job_steps: int = 4  # calls at once for the jobs of one tentacle: the others have theirs
 
     def __repr__(self) -> str:
@@ -6804,6 +6805,7 @@ class Job(NamedTuple):
     base: int  # our number of the tentacle's first line
     cancel: int  # somebody wants it cancelled
     retry_lost: int  # begin it anew when it was lost
+    characters: int  # of the output that is kept
 
     @property
     def is_over(self) -> bool:
@@ -6826,6 +6828,12 @@ CREATE TABLE lines (
     source INTEGER NOT NULL, occurred INTEGER NOT NULL, text TEXT NOT NULL,
     PRIMARY KEY (job, number)) WITHOUT ROWID;
 PRAGMA user_version = 1;
+COMMIT;
+""",
+    """
+BEGIN;
+ALTER TABLE jobs ADD COLUMN characters INTEGER NOT NULL DEFAULT 0;
+PRAGMA user_version = 2;
 COMMIT;
 """,
 )
@@ -6877,7 +6885,11 @@ class JobStore:
             with self._lock:
                 yield
         except (self._errors, OSError) as error:
-            raise TentacleError('The jobs in %s can not be used: %s' % (self.path, error))
+            raise TentacleError(
+                'The jobs in %s can not be used: %s. It must be a database of ours, which this '
+                'user may write together with its folder, and its disk must have room'
+                % (self.path, error)
+            )
 
     def close(self) -> None:
         with self._lock:
@@ -7177,7 +7189,7 @@ class JobRunner:
             return self._advance(job, self._client_of(job.target, endpoint))
         except (ProtocolError, ServiceError) as error:
             return self._end(job, 'failed', str(error))
-        except (ConnectionLost, UntrustedThumbprint) as error:
+        except (ConnectionLost, UntrustedThumbprint, UsageError) as error:
             self._store.change(self._store.job(job.number), error=printable(error, 2000))
             return self._longer_pause(job)
 
@@ -7232,8 +7244,9 @@ class JobRunner:
         self._failures.pop(job.number, None)
         first = status.next_log_sequence - len(status.logs)
         new = status.logs[max(job.next_log - first, 0) :]
-        new = self._within_bounds(job, new)
+        new, characters = self._within_bounds(job, new)
         columns: Dict[str, Any] = {'state': 'running', 'error': '', 'ticket': calls.ticket[:200]}
+        columns['characters'] = characters
         columns['next_log'] = max(job.next_log, status.next_log_sequence)
         if status.state == COMPLETE:
             columns.update(state='ended', exit_code=status.exit_code)
@@ -7243,14 +7256,26 @@ class JobRunner:
         quiet = self._quiet[job.number] = 0 if new else self._quiet.get(job.number, 0) + 1
         return self._PAUSES[min(quiet, len(self._PAUSES) - 1)]
 
-    def _within_bounds(self, job: Job, lines: List[LogEntry]) -> List[LogEntry]:
-        """A log's lines as far as they are kept."""
-        most = self._limits.job_lines
-        kept = lines[: max(most - job.base - job.next_log, 0)]
-        if len(kept) < len(lines) and job.base + job.next_log <= most:
-            text = 'The rest of the output is not kept: %d lines are' % most
-            kept.append(LogEntry(STDERR, int(time.time() * 1000), text))
-        return [entry._replace(text=entry.text[: self._limits.log_line]) for entry in kept]
+    def _within_bounds(self, job: Job, lines: List[LogEntry]) -> Tuple[List[LogEntry], int]:
+        """A log's lines as far as they are kept, and one that says so where the rest is not; the
+        characters that are kept then, more than their limit from that line on.
+        """
+        limits = self._limits
+        kept: List[LogEntry] = []
+        characters = job.characters
+        room = limits.job_lines - job.base - job.next_log
+        for entry in lines:
+            if characters > limits.job_characters:
+                break
+            entry = entry._replace(text=entry.text[: limits.log_line])
+            characters += len(entry.text)
+            if characters > limits.job_characters or len(kept) >= room:
+                text = 'The rest of the output is not kept: %d lines, or %d characters, are'
+                text %= (limits.job_lines, limits.job_characters)
+                entry = LogEntry(STDERR, int(time.time() * 1000), text)
+                characters = limits.job_characters + 1
+            kept.append(entry)
+        return kept, characters
 
     def _lose(self, job: Job, reason: str) -> Optional[float]:
         if not job.retry_lost or job.cancel:
@@ -7763,6 +7788,18 @@ class Targets:
         if own is not None and proxy_of is None:
             return endpoint._replace(proxy=None if own == 'none' else parse_proxy(own))
         return endpoint._replace(proxy=(proxy_of or proxy_of_environment)(endpoint.uri))
+
+    def for_job(self, name: str, endpoint: ServiceEndPoint) -> ServiceEndPoint:
+        """The endpoint of a job as it is called now: by the pin that its target has today. Raises
+        UntrustedThumbprint when the target is none any more, UsageError.
+        """
+        now = self.find(name)
+        if now.uri != endpoint.uri or endpoint.thumbprint is not None and now.thumbprint is None:
+            raise UntrustedThumbprint(
+                '%s is not the target any more that it was, %s: trust it again, or cancel the job'
+                % (printable(name), endpoint.uri)
+            )
+        return self.to_call(name, endpoint._replace(thumbprint=now.thumbprint))
 
     def all(self) -> Dict[str, ServiceEndPoint]:
         """Every target by its name, in the order of the file. Raises TentacleError."""
@@ -8383,9 +8420,9 @@ def _serve(arguments: Any) -> int:
         targets = Watched(Targets(settings.home).path, lambda: Targets(settings.home))
 
         def client_of(target: str, endpoint: ServiceEndPoint) -> Any:
+            called = targets().for_job(target, endpoint)
             if endpoint.is_polling:
-                return server.client(endpoint)
-            called = targets().to_call(target, endpoint)
+                return server.client(called)
             called = called._replace(queue_timeout=0.0)
             return clients.setdefault(called, TentacleClient(called, identity))
 

@@ -12,10 +12,12 @@ import ast
 import base64
 import concurrent.futures
 import contextlib
+import ctypes
 import hashlib
 import io
 import json
 import os
+import pathlib
 import py_compile
 import random
 import re
@@ -5253,7 +5255,7 @@ def test_databases_that_can_not_be_used(tmp_path):
     home = str(tmp_path)
     tentacle.JobStore(home).close()
     database = sqlite3.connect(os.path.join(home, 'jobs.db'))
-    database.execute('PRAGMA user_version = 2')
+    database.execute('PRAGMA user_version = 99')
     database.close()
     with pytest.raises(tentacle.TentacleError, match='newer tentacle.py'):
         tentacle.JobStore(home)
@@ -5261,6 +5263,66 @@ def test_databases_that_can_not_be_used(tmp_path):
         file.write(b'nonsense' * 1000)
     with pytest.raises(tentacle.TentacleError, match='jobs.db can not be used'):
         tentacle.JobStore(home)
+
+
+def test_a_database_of_the_first_version(tmp_path):
+    database = sqlite3.connect(str(tmp_path / 'jobs.db'))
+    database.executescript(tentacle._JOB_MIGRATIONS[0])
+    database.execute(
+        "INSERT INTO jobs VALUES (7, 'one', 'poll://one/', NULL, 'echo', 'ticket', '', 'waiting',"
+        " NULL, '', 1, NULL, NULL, NULL, 0, 0, 0, 0)"
+    )
+    database.commit()
+    database.close()
+    store = tentacle.JobStore(str(tmp_path))
+    assert (store.job(7).script, store.job(7).characters) == ('echo', 0)
+    store.close()
+
+
+def without_power_over_files():
+    """For root: let the modes of files count, as for everyone else."""
+    prctl = ctypes.CDLL(None, use_errno=True).prctl
+    for capability in (1, 2):  # CAP_DAC_OVERRIDE, CAP_DAC_READ_SEARCH
+        prctl(24, capability, 0, 0, 0)  # PR_CAPBSET_DROP
+
+
+@pytest.mark.skipif(not sys.platform.startswith('linux'), reason='capabilities are of Linux')
+def test_a_database_that_may_not_be_written(tmp_path):
+    home = str(tmp_path / 'home')
+    cli('show-thumbprint', home=home)
+    tentacle.JobStore(home).close()
+    before = pathlib.Path(home, 'jobs.db').read_bytes()
+    os.chmod(os.path.join(home, 'jobs.db'), 0o400)
+    done = subprocess.run(
+        [sys.executable, PROGRAM, 'serve', '--port', '0', '--home', home],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        preexec_fn=without_power_over_files,
+        timeout=20,
+    )
+    (line,) = done.stderr.decode().splitlines()
+    assert done.returncode == 1 and 'jobs.db can not be used' in line and 'may write' in line
+    assert pathlib.Path(home, 'jobs.db').read_bytes() == before
+    code, out, _ = cli('jobs', home=home)
+    assert (code, out) == (0, 'JOB  TARGET  STATE  CODE  AGE  NOTE\n')
+
+
+@pytest.mark.parametrize('limits', [{'job_lines': 10}, {'job_characters': 10}])
+def test_the_output_of_a_job_is_bounded(tmp_path, limits):
+    entries = [tentacle.LogEntry(0, 5, 'x') for _ in range(25)]
+    answers = iter(
+        [
+            status_of(tentacle.RUNNING, 0, entries[:6], 6),
+            status_of(tentacle.RUNNING, 0, entries[6:20], 20),
+            status_of(tentacle.COMPLETE, 0, entries[20:], 25),
+        ]
+    )
+    clients = {'host': FakeScripts(lambda method, command: next(answers))}
+    with faked_jobs(tmp_path, clients, **limits) as (runner, store):
+        number = runner.add('host', HOST, 'x')
+        assert over(store, number).state == 'finished'
+        texts = [entry.text for _, entry in store.lines(number)]
+    assert texts[:10] == ['x'] * 10 and len(texts) == 11 and 'is not kept' in texts[10]
 
 
 def test_a_full_disk_loses_no_job(store):
@@ -5349,9 +5411,11 @@ HOST = tentacle.ServiceEndPoint('https://host:1/', '0' * 40)
 
 
 @contextlib.contextmanager
-def faked_jobs(tmp_path, clients, there=lambda uri: False):
+def faked_jobs(tmp_path, clients, there=lambda uri: False, **limits):
     store = tentacle.JobStore(str(tmp_path))
-    runner = tentacle.JobRunner(store, lambda name, endpoint: clients[name], there)
+    runner = tentacle.JobRunner(
+        store, lambda name, endpoint: clients[name], there, limits=LIMITS._replace(**limits)
+    )
     runner.start()
     try:
         yield runner, store
@@ -5972,6 +6036,29 @@ def test_jobs_on_the_command_line(several, tmp_path, keys):
             assert over(store, 5).exit_code == 0
     with dispatcher.job_store() as store:  # without `serve`
         assert len(store.jobs()) == 5
+
+
+def test_a_job_of_a_target_that_is_none_any_more(several, tmp_path, keys):
+    """It is not sent, and says why; with a new pin it is sent to that one."""
+    cli('trust', 'poll://one/', '0' * 40, home=several)
+    targets = pathlib.Path(several, 'targets')
+    known = targets.read_text()
+    with serving(several, '--trust', keys['agent'].thumbprint) as port:
+        dispatcher = tentacle.Dispatcher(several)
+        numbers = dispatcher.submit(['one', 'web-1'], 'true')
+        with dispatcher.job_store() as store:
+            assert over(store, numbers['web-1']).state == 'finished'
+            targets.write_text(known.replace('[web-1]', '[web-9]').replace('[one]', '[two]'))
+            identity = tentacle.load_identity(os.path.join(several, 'tentacle.pem'))
+            number = dispatcher.submit(['web-9'], 'true')['web-9']
+            assert over(store, number).state == 'finished'
+            targets.write_text(known.split('[one]')[0])
+            with polling(tmp_path, dict(keys_of(keys), server=identity), port):
+                told = eventually(lambda: store.job(numbers['one']).error)
+                assert 'one is not the target any more' in told
+                assert store.job(numbers['one']).state == 'waiting'
+                targets.write_text(known.replace('0' * 40, keys['agent'].thumbprint))
+                assert over(store, numbers['one']).state == 'finished'
 
 
 @pytest.mark.parametrize(
