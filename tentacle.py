@@ -624,13 +624,15 @@ def _refuse_passphrase() -> str:
 
 
 @contextlib.contextmanager
-def file_of(content: bytes) -> Iterator[str]:
-    """The path of a file with this content that nobody else sees: OpenSSL reads by path alone."""
+def file_of(content: bytes, inherited: bool = False) -> Iterator[str]:
+    """The path of a file with this content that nobody else sees: OpenSSL reads by path alone.
+    `inherited`: for a program of ours to open, while this process lives.
+    """
     if hasattr(os, 'memfd_create') and os.path.isdir('/proc/self/fd'):
         descriptor = os.memfd_create('tentacle')
         try:
             os.write(descriptor, content)
-            yield '/proc/self/fd/%d' % descriptor
+            yield '/proc/%s/fd/%d' % (os.getpid() if inherited else 'self', descriptor)
         finally:
             os.close(descriptor)
         return
@@ -704,57 +706,103 @@ def create_identity(path: str) -> Identity:
     return Identity(path, text.encode())
 
 
-def convert_pfx(path: str, password: str) -> str:
+_PFX_HINT = (
+    'it is a PFX file, and there is no openssl program here to read it. Convert it elsewhere: '
+    'openssl pkcs12 -in FILE.pfx -nodes -out FILE.pem'
+)
+
+
+def pem_of_pfx(pfx: bytes, password: str) -> str:
     """A PFX file's key and certificate as PEM text, through `openssl`; old ciphers by its legacy
-    provider.
+    provider. Raises TentacleError.
     """
-    command = ['pkcs12', '-in', path, '-nodes', '-passin', 'stdin']
-    attempts = [command, command + ['-legacy']]
-    for attempt in attempts:
+    failures = []
+    for options in ([], ['-legacy']):
+        # The password comes first on standard input, then openssl opens the file by its path.
+        with file_of(pfx, inherited=True) as path:
+            command = ['pkcs12', '-in', path, '-nodes', '-passin', 'stdin'] + options
+            try:
+                given = password.encode('utf-8', 'surrogateescape') + b'\n'
+                return run_openssl(command, given).decode('latin-1')
+            except FileNotFoundError:
+                raise TentacleError(_PFX_HINT)
+            except TentacleError as error:
+                failures.append(str(error))
+    raise TentacleError('is it a PFX file, is the password right? %s' % failures[0])
+
+
+def pfx_of_identity(identity: Identity, password: str) -> bytes:
+    """The certificate and its key as a PFX file, through `openssl`. Raises TentacleError."""
+    # The key stands on standard input, so the password comes by a file that nobody else sees.
+    with file_of(password.encode('utf-8', 'surrogateescape') + b'\n', inherited=True) as path:
+        command = ['pkcs12', '-export', '-passout', 'file:' + path, '-name', COMMON_NAME]
         try:
-            return run_openssl(attempt, password.encode('utf-8', 'surrogateescape') + b'\n').decode(
-                'latin-1'
-            )
+            return run_openssl(command, identity.content)
         except FileNotFoundError:
             raise TentacleError(
-                '%s is a PFX file, and there is no openssl program here to read it. Convert it '
-                'elsewhere: openssl pkcs12 -in FILE.pfx -nodes -out FILE.pem' % path
+                'There is no openssl program here to write a PFX file. Take %s elsewhere, and '
+                'there: openssl pkcs12 -export -in FILE.pem -out FILE.pfx' % identity.path
             )
-        except TentacleError as error:
-            failure = error
-    raise TentacleError(
-        '%s can not be read (is it a PFX file, is the password right?): %s' % (path, failure)
-    )
+
+
+def _pem_of(content: bytes, password: str) -> str:
+    """PEM as it is; PFX, or its base64 text, through `openssl`. Raises TentacleError."""
+    if b'-----BEGIN ' in content:
+        return content.decode('latin-1')
+    text = content.lstrip(codecs.BOM_UTF8).strip()
+    if re.match(rb'[A-Za-z0-9+/=\s]+\Z', text):
+        with contextlib.suppress(ValueError):
+            content = base64.b64decode(b''.join(text.split()), validate=True)
+    return pem_of_pfx(content, password)
+
+
+def _identity_pem(text: str) -> str:
+    """The private key and the certificates of a PEM text, and nothing else. Raises TentacleError."""
+    found = re.finditer(r'-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----', text, re.S)
+    blocks = [(match.group(1), match.group()) for match in found]
+    keys = [block for label, block in blocks if label.endswith('PRIVATE KEY')]
+    certificates = [block for label, block in blocks if label == 'CERTIFICATE']
+    if not keys or not certificates:
+        raise TentacleError(
+            'a private key and its certificate are needed, and it has: %s'
+            % (', '.join(label for label, _ in blocks) or 'neither')
+        )
+    return '\n'.join(keys + certificates) + '\n'
 
 
 def import_identity(source: str, path: str, password: str = '') -> Identity:
-    """Make the key and certificate of a PEM or PFX file our identity. Raises TentacleError."""
+    """Make the key and certificate of a PEM or PFX file, or of a PFX file's base64 text, our
+    identity. Raises TentacleError.
+    """
     try:
         with open(source, 'rb') as file:
             content = file.read(1 << 20)
     except OSError as error:
         raise TentacleError('%s can not be read: %s' % (source, error.strerror))
-    text = content.decode('latin-1') if b'-----BEGIN ' in content else convert_pfx(source, password)
-    blocks = re.findall(r'-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----', text, re.S)
-    if 'CERTIFICATE' not in blocks or not any(block.endswith('PRIVATE KEY') for block in blocks):
-        raise TentacleError(
-            '%s needs a private key and its certificate, and has: %s'
-            % (source, ', '.join(blocks) or 'neither')
-        )
+    return keep_identity(content, path, source, password)
+
+
+def keep_identity(content: bytes, path: str, source: str, password: str = '') -> Identity:
+    """The same of a file's content; `source` is what errors name."""
     # Checked beside the real one, so that a bad file leaves the identity as it was.
     trial = path + '.import'
-    write_private(trial, text.encode('latin-1'))
     try:
+        text = _identity_pem(_pem_of(content, password))
+        write_private(trial, text.encode('latin-1'))
         load_identity(trial)
         os.replace(trial, path)
     except TentacleError as error:
-        os.unlink(trial)
-        reason = str(error).partition(': ')[2].partition('. Restore it')[0]
+        with contextlib.suppress(OSError):
+            os.unlink(trial)
+        reason = str(error)
+        if reason.startswith('The certificate file '):
+            reason = reason.partition(': ')[2].partition('. Restore it')[0]
         raise TentacleError('%s can not be used: %s' % (source, reason))
     return load_identity(path)
 
 
-# AES (FIPS 197), encryption alone, for files of a script that come with an `EncryptionPassword`.
+# AES (FIPS 197), for files of a script that come with an `EncryptionPassword`, and for the secrets
+# in a settings file of the original.
 
 
 def _make_sbox() -> bytes:
@@ -778,6 +826,7 @@ class Aes:
 
     def __init__(self, key: bytes):
         self._sbox = sbox = _make_sbox()
+        self._inverse = bytes(sbox.index(x) for x in range(256))
         double = [x << 1 ^ (0x11B if x & 0x80 else 0) for x in sbox]
         table = [(d << 24 | x << 16 | x << 8 | (d ^ x)) for x, d in zip(sbox, double)]
         self._tables = [
@@ -825,6 +874,107 @@ class Aes:
         )
 
 
+    def decrypt_block(self, block: bytes) -> bytes:
+        """The inverse of `encrypt_block` (FIPS 197, 5.3)."""
+        words = [a ^ b for a, b in zip(struct.unpack('>4I', block), self._rounds[-1])]
+        for keys in self._rounds[-2::-1]:
+            state = struct.pack('>4I', *words)
+            state = bytes(state[(i - 4 * (i % 4)) % 16] for i in range(16))  # InvShiftRows
+            substituted = struct.unpack('>4I', state.translate(self._inverse))
+            words = [a ^ b for a, b in zip(substituted, keys)]
+            if keys is not self._rounds[0]:
+                words = [self._unmixed(word) for word in words]
+        return struct.pack('>4I', *words)
+
+    def _unmixed(self, word: int) -> int:
+        """InvMixColumns of one column: MixColumns three times, since its fourth power is nothing."""
+        for _ in range(3):
+            t0, t1, t2, t3 = self._tables
+            a, b, c, d = word.to_bytes(4, 'big').translate(self._inverse)
+            word = t0[a] ^ t1[b] ^ t2[c] ^ t3[d]
+        return word
+
+
+def _padded(data: bytes) -> bytes:
+    """With 1 to 16 bytes that say how many they are (PKCS #7)."""
+    count = 16 - len(data) % 16
+    return data + bytes([count]) * count
+
+
+def _xor(one: bytes, other: bytes) -> bytes:
+    return (int.from_bytes(one, 'big') ^ int.from_bytes(other, 'big')).to_bytes(16, 'big')
+
+
+class MachineKey(NamedTuple):
+    """What the original encrypts secrets of a settings file with: AES-256-CBC, base64."""
+
+    key: bytes
+    iv: bytes
+
+    def encrypt(self, text: str) -> str:
+        aes, previous, blocks = Aes(self.key), self.iv, []
+        data = _padded(text.encode())
+        for at in range(0, len(data), 16):
+            previous = aes.encrypt_block(_xor(data[at : at + 16], previous))
+            blocks.append(previous)
+        return base64.b64encode(b''.join(blocks)).decode()
+
+    def decrypt(self, text: str) -> str:
+        """Raises ValueError when it was encrypted by another key."""
+        data = base64.b64decode(text, validate=True)
+        if not data or len(data) % 16:
+            raise ValueError('%d bytes are no whole number of blocks' % len(data))
+        aes, previous, plain = Aes(self.key), self.iv, b''
+        for at in range(0, len(data), 16):
+            plain += _xor(aes.decrypt_block(data[at : at + 16]), previous)
+            previous = data[at : at + 16]
+        if _padded(plain[: -plain[-1]]) != plain:
+            raise ValueError('the padding is wrong')
+        return plain[: -plain[-1]].decode()
+
+
+#: Where the original has its machine key from, in this order.
+MACHINE_ID_PATH = '/etc/machine-id'
+MACHINE_KEY_PATH = '/etc/octopus/machinekey'
+_MACHINE_ID_IV = b'743677397A244326'
+
+
+def machine_keys() -> List[MachineKey]:
+    """Those of this host, the first being the one to encrypt with."""
+    keys = []
+    with contextlib.suppress(OSError), open(MACHINE_ID_PATH, 'rb') as file:
+        machine_id = file.readline(100).strip()
+        if len(machine_id) == 32:
+            keys.append(MachineKey(machine_id, _MACHINE_ID_IV))
+    with contextlib.suppress(OSError, ValueError), open(MACHINE_KEY_PATH, 'rb') as file:
+        key, iv = (base64.b64decode(part, validate=True) for part in file.read(1000).split(b'.'))
+        if (len(key), len(iv)) == (32, 16):
+            keys.append(MachineKey(key, iv))
+    return keys
+
+
+def protect(text: str) -> str:
+    """A secret as it stands in a settings file; a host without a machine key gets one. Raises
+    TentacleError.
+    """
+    keys = machine_keys()
+    if not keys:
+        keys = [MachineKey(secrets.token_bytes(32), secrets.token_bytes(16))]
+        write_private(MACHINE_KEY_PATH, b'.'.join(map(base64.b64encode, keys[0])))
+    return keys[0].encrypt(text)
+
+
+def unprotect(text: str, what: str) -> str:
+    """The same back. Raises TentacleError, in which the secret does not stand."""
+    for key in machine_keys():
+        with contextlib.suppress(ValueError):
+            return key.decrypt(text)
+    raise TentacleError(
+        '%s was encrypted with the key of another machine: neither %s nor %s fits it. Restore that '
+        'file, or set it anew' % (what, MACHINE_ID_PATH, MACHINE_KEY_PATH)
+    )
+
+
 def encrypt_script_file(source: BinaryIO, target: BinaryIO, password: str) -> None:
     """Copy a file as the original keeps sensitive ones: `IV__`, IV, AES-128-CBC (wire notes 4)."""
     source = io.BufferedReader(source)  # type: ignore[arg-type]
@@ -834,9 +984,8 @@ def encrypt_script_file(source: BinaryIO, target: BinaryIO, password: str) -> No
     block = b'?' * 16
     while len(block) == 16:
         block = source.read(16)
-        padded = block + bytes([16 - len(block)]) * (16 - len(block))  # PKCS #7
-        mixed = int.from_bytes(padded, 'big') ^ int.from_bytes(previous, 'big')
-        previous = aes.encrypt_block(mixed.to_bytes(16, 'big'))
+        padded = block if len(block) == 16 else _padded(block)
+        previous = aes.encrypt_block(_xor(padded, previous))
         target.write(previous)
 
 
@@ -7315,15 +7464,72 @@ KEY_HOME = 'Octopus.Home'
 KEY_PORT = 'Tentacle.Services.PortNumber'
 KEY_LISTEN_IP = 'Tentacle.Services.ListenIP'
 KEY_TRUSTED = 'Tentacle.Communication.TrustedOctopusServers'
+KEY_NO_LISTEN = 'Tentacle.Services.NoListen'
+KEY_POLLING_CONNECTIONS = 'Tentacle.Communication.PollingConnectionCount'
 KEY_APPLICATIONS = 'Tentacle.Deployment.ApplicationDirectory'
 KEY_THUMBPRINT = 'Tentacle.CertificateThumbprint'
+KEY_CERTIFICATE = 'Tentacle.Certificate'  # the original's: a PFX, encrypted; we only read it
+KEY_PROXY = 'Octopus.Proxy.'  # of scripts
+KEY_POLLING_PROXY = 'Octopus.Server.Proxy.'
 KEY_CERTIFICATE_FILE = 'TentaclePy.CertificateFile'  # ours: the PEM file, relative to the settings
 KEY_FILES_ROOT = 'TentaclePy.FilesRoot'  # ours: the folder outside which no file is transferred
 KEY_JOB_DAYS = 'TentaclePy.JobDays'  # ours: how long `serve` keeps a job that is over
 KEY_JOB_COUNT = 'TentaclePy.JobCount'  # ours: and how many of them
 KEY_SUBSCRIPTION = 'TentaclePy.Subscription'  # ours: of `poll`, made once
 
-STYLE_LISTENING = 1  # CommunicationStyle TentaclePassive
+#: `CommunicationStyle` of a trusted server, by its number and by its name.
+STYLE_LISTENING, STYLE_POLLING = 1, 2
+_STYLE_NAMES = {'tentaclepassive': STYLE_LISTENING, 'tentacleactive': STYLE_POLLING}
+
+
+class TrustedServer(NamedTuple):
+    """A server that may call us; where `style` is STYLE_POLLING, we poll it."""
+
+    thumbprint: str
+    style: int = STYLE_LISTENING
+    address: str = ''  # https://server:10943/ to poll
+    subscription: str = ''  # poll://.../
+
+    @classmethod
+    def from_document(cls, document: Dict[str, Any]) -> 'TrustedServer':
+        style = document.get('CommunicationStyle')
+        if isinstance(style, str):
+            style = _STYLE_NAMES.get(style.lower(), 0)
+        return cls(
+            str(document.get('Thumbprint') or '').upper(),
+            style if isinstance(style, int) else 0,
+            str(document.get('Address') or ''),
+            str(document.get('SubscriptionId') or ''),
+        )
+
+    def to_document(self) -> Dict[str, Any]:
+        return {
+            'Thumbprint': self.thumbprint,
+            'CommunicationStyle': self.style,
+            'Address': self.address or None,
+            'Squid': None,
+            'SubscriptionId': self.subscription or None,
+        }
+
+
+class ProxySettings(NamedTuple):
+    """One of the two proxies of a settings file; its password as it stands there, encrypted."""
+
+    use_default: bool = True
+    host: str = ''
+    port: int = 80
+    user: str = ''
+    password: str = ''
+
+    def proxy_of(self, uri: str) -> Optional[Proxy]:
+        """The proxy to an https URI. Raises TentacleError, UsageError."""
+        if self.host:
+            return Proxy(self.host, self.port, self.user, self.secret())
+        return proxy_of_environment(uri) if self.use_default else None
+
+    def secret(self) -> Secret:
+        """The password. Raises TentacleError."""
+        return Secret(self.password and unprotect(self.password, "The proxy's password"))
 
 
 class Settings(NamedTuple):
@@ -7333,13 +7539,24 @@ class Settings(NamedTuple):
     home: str
     port: int
     listen_address: str  # '' = any
-    trusted: Tuple[str, ...]  # thumbprints, in the order of the file
+    no_listen: bool
+    servers: Tuple[TrustedServer, ...]  # in the order of the file
+    polling_connections: int  # to each server
     applications: str
     certificate_path: str  # of the PEM file, which may not be there yet
+    original_certificate: str  # the original's, encrypted; '' = none
+    thumbprint: str  # of the certificate that is in use, as the file says
+    proxy: ProxySettings  # for scripts
+    polling_proxy: ProxySettings
     files_root: str  # '' = files are transferred from and to anywhere
     subscription: str  # poll://.../ of `poll`; '' = not made yet
     job_days: int  # how long `serve` keeps a job that is over
     job_count: int  # and how many
+
+    @property
+    def trusted(self) -> Tuple[str, ...]:
+        """The thumbprints."""
+        return tuple(server.thumbprint for server in self.servers if server.thumbprint)
 
 
 def read_settings_file(path: str) -> Dict[str, str]:
@@ -7371,7 +7588,7 @@ def _settings_xml(values: Dict[str, str]) -> bytes:
     from xml.sax.saxutils import escape, quoteattr
 
     lines = [
-        '  <set key=%s>%s</set>' % (quoteattr(key), escape(text))
+        '  <set key=%s>%s</set>' % (quoteattr(key), escape(text, {'\r': '&#13;'}))
         for key, text in sorted(values.items())
     ]
     return '\n'.join(
@@ -7438,87 +7655,182 @@ def read_trusted(path: str, values: Dict[str, str]) -> List[Dict[str, Any]]:
     return servers
 
 
+def change_servers(
+    path: str, change: Callable[[List[Dict[str, Any]]], List[Dict[str, Any]]], reset: bool = False
+) -> None:
+    """Change the list of trusted servers, which are documents. Raises TentacleError."""
+
+    def change_values(values: Dict[str, str]) -> None:
+        servers = change([] if reset else read_trusted(path, values))
+        values[KEY_TRUSTED] = json.dumps(servers, separators=(',', ':'))
+
+    change_settings(path, change_values)
+
+
+def _has_thumbprint(server: Dict[str, Any], thumbprints: Container[str]) -> bool:
+    return str(server.get('Thumbprint')).upper() in thumbprints
+
+
 def change_trust(
     path: str, add: Sequence[str] = (), remove: Sequence[str] = (), reset: bool = False
 ) -> None:
     """Reset first, then remove, then add thumbprints. Raises TentacleError, UsageError."""
-    added, removed = (
-        [parse_thumbprint(text) for text in add],
-        [parse_thumbprint(text) for text in remove],
-    )
+    added = [parse_thumbprint(text) for text in add]
+    removed = [parse_thumbprint(text) for text in remove]
 
-    def change(values: Dict[str, str]) -> None:
-        servers = (
-            []
-            if reset
-            else [
-                server
-                for server in read_trusted(path, values)
-                if str(server.get('Thumbprint')).upper() not in removed
-            ]
-        )
-        known = {str(server.get('Thumbprint')).upper() for server in servers}
+    def change(servers: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        servers = [server for server in servers if not _has_thumbprint(server, removed)]
         for thumbprint in added:
-            if thumbprint not in known:
-                known.add(thumbprint)
-                servers.append(
-                    {
-                        'Thumbprint': thumbprint,
-                        'CommunicationStyle': STYLE_LISTENING,
-                        'Address': None,
-                        'Squid': None,
-                        'SubscriptionId': None,
-                    }
-                )
-        values[KEY_TRUSTED] = json.dumps(servers, separators=(',', ':'))
+            if not any(_has_thumbprint(server, [thumbprint]) for server in servers):
+                servers.append(TrustedServer(thumbprint).to_document())
+        return servers
 
-    change_settings(path, change)
+    change_servers(path, change, reset)
+
+
+def trust_server(path: str, added: TrustedServer) -> None:
+    """Add a server, in the place of an entry for the same address, or of the same thumbprint that
+    has none. Raises TentacleError.
+    """
+
+    def is_replaced(server: Dict[str, Any]) -> bool:
+        if not _has_thumbprint(server, [added.thumbprint]):
+            return False
+        address = str(server.get('Address') or '')
+        return not address or address.rstrip('/') == added.address.rstrip('/')
+
+    change_servers(
+        path,
+        lambda servers: [s for s in servers if not is_replaced(s)] + [added.to_document()],
+    )
 
 
 def read_settings(path: str) -> Settings:
     """Raises TentacleError for what the file has and we can not take."""
     values = {key: text.strip() for key, text in read_settings_file(path).items()}
-    folder = os.path.dirname(path)
-    port = values.get(KEY_PORT) or str(LISTENING_PORT)
-    if not re.match(r'[0-9]{1,5}\Z', port) or int(port) > 65535:
-        raise TentacleError(
-            '%s in %s must be a port from 0 to 65535, and is %s' % (KEY_PORT, path, printable(port))
+    folder, name = os.path.split(path)
+
+    def number(key: str, default: int, least: int, most: int) -> int:
+        text = values.get(key) or str(default)
+        if not re.match(r'[0-9]{1,9}\Z', text) or not least <= int(text) <= most:
+            raise TentacleError(
+                '%s in %s must be a number from %d to %d, and is %s'
+                % (key, path, least, most, printable(text))
+            )
+        return int(text)
+
+    def boolean(key: str, default: bool) -> bool:
+        text = values.get(key) or str(default)
+        if text.lower() not in ('true', 'false'):
+            raise TentacleError(
+                '%s in %s must be true or false, and is %s' % (key, path, printable(text))
+            )
+        return text.lower() == 'true'
+
+    def proxy(prefix: str) -> ProxySettings:
+        return ProxySettings(
+            boolean(prefix + 'UseDefaultProxy', True),
+            values.get(prefix + 'ProxyHost', ''),
+            number(prefix + 'ProxyPort', 80, 1, 65535),
+            values.get(prefix + 'ProxyUsername', ''),
+            values.get(prefix + 'ProxyPassword', ''),
         )
-    for key in (KEY_JOB_DAYS, KEY_JOB_COUNT):
-        if not re.match(r'[0-9]{0,9}\Z', values.get(key, '')):
-            raise TentacleError('%s in %s must be a number' % (key, path))
+
     address = values.get(KEY_LISTEN_IP, '')
+    certificate = CERTIFICATE_NAME
+    if name != SETTINGS_NAME:  # a folder may hold the settings of several instances
+        certificate = os.path.splitext(name)[0] + '.pem'
     return Settings(
         path,
         values.get(KEY_HOME) or folder,
-        int(port),
+        number(KEY_PORT, LISTENING_PORT, 0, 65535),
         '' if address.lower() == 'any' else address,
-        tuple(
-            str(server.get('Thumbprint')).upper()
-            for server in read_trusted(path, values)
-            if server.get('Thumbprint')
-        ),
+        boolean(KEY_NO_LISTEN, False),
+        tuple(map(TrustedServer.from_document, read_trusted(path, values))),
+        number(KEY_POLLING_CONNECTIONS, 1, 1, 512),
         values.get(KEY_APPLICATIONS) or '/home/Octopus/Applications',
-        os.path.join(folder, values.get(KEY_CERTIFICATE_FILE) or CERTIFICATE_NAME),
+        os.path.join(folder, values.get(KEY_CERTIFICATE_FILE) or certificate),
+        values.get(KEY_CERTIFICATE, ''),
+        values.get(KEY_THUMBPRINT, '').upper(),
+        proxy(KEY_PROXY),
+        proxy(KEY_POLLING_PROXY),
         values.get(KEY_FILES_ROOT, ''),
         values.get(KEY_SUBSCRIPTION, ''),
-        int(values.get(KEY_JOB_DAYS) or 30),
-        int(values.get(KEY_JOB_COUNT) or 10000),
+        number(KEY_JOB_DAYS, 30, 0, 10**9 - 1),
+        number(KEY_JOB_COUNT, 10000, 0, 10**9 - 1),
     )
 
 
-def _default_instance() -> Optional[str]:
-    """The settings file of this machine's default instance, where there is one."""
+class Instance(NamedTuple):
+    """A tentacle of this machine that has a name."""
+
+    name: str
+    settings_path: str
+
+
+def instances_folder() -> str:
     machine_home = os.environ.get('TentacleMachineConfigurationHomeDirectory') or '/etc/octopus'
-    record = os.path.join(
-        machine_home, 'Tentacle', 'Instances', DEFAULT_INSTANCE.lower() + '.config'
-    )
+    return os.path.join(machine_home, 'Tentacle', 'Instances')
+
+
+def _instance_record(name: str) -> str:
+    """The file that names an instance's settings. Raises UsageError."""
+    if not name.strip() or '/' in name or name.startswith('.') or not name.isprintable():
+        raise TentacleError('%s is no name of an instance' % (printable(name) or "''"))
+    return os.path.join(instances_folder(), name.lower().replace(' ', '-') + '.config')
+
+
+def _read_instance(record: str) -> Optional[Instance]:
     try:
         with open(record, encoding='utf-8-sig') as file:
-            path = json.load(file)['ConfigurationFilePath']
+            facts = json.load(file)
+        name, path = facts['Name'], facts['ConfigurationFilePath']
     except (OSError, ValueError, KeyError, TypeError):
         return None
-    return path if isinstance(path, str) else None
+    return Instance(name, path) if isinstance(name, str) and isinstance(path, str) else None
+
+
+def instances() -> List[Instance]:
+    """Those of this machine, by name."""
+    folder = instances_folder()
+    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    found = [_read_instance(os.path.join(folder, name)) for name in names if name[-7:] == '.config']
+    return [instance for instance in found if instance is not None]
+
+
+def find_instance(name: str) -> Instance:
+    """Raises TentacleError."""
+    instance = _read_instance(_instance_record(name))
+    if instance is None:
+        known = ', '.join(known.name for known in instances()) or 'none'
+        raise TentacleError(
+            'Instance %s of Tentacle has not been configured on this machine. Available '
+            'instances: %s. To make it: create-instance --instance NAME --config FILE'
+            % (printable(name), known)
+        )
+    return instance
+
+
+def create_instance(name: str, settings_path: str, home: Optional[str]) -> None:
+    """Make the settings file where it is missing, and record the instance. Raises TentacleError."""
+    record = _instance_record(name)
+
+    def change(values: Dict[str, str]) -> None:
+        if home is not None:
+            values[KEY_HOME] = home
+        values.setdefault(KEY_HOME, os.path.dirname(settings_path))
+
+    change_settings(settings_path, change)
+    facts = {'Name': name, 'ConfigurationFilePath': settings_path}
+    write_private(record, json.dumps(facts, indent=2).encode())
+
+
+def delete_instance(instance: Instance) -> None:
+    """Forget an instance; its settings and home stay. Raises TentacleError."""
+    try:
+        os.unlink(_instance_record(instance.name))
+    except OSError as error:
+        raise TentacleError('%s can not be deleted: %s' % (instance.name, error))
 
 
 def find_settings(home: Optional[str] = None) -> str:
@@ -7528,9 +7840,9 @@ def find_settings(home: Optional[str] = None) -> str:
     home = home or os.environ.get('TENTACLE_HOME')
     if home:
         return os.path.join(os.path.abspath(home), SETTINGS_NAME)
-    instance = _default_instance()
+    instance = _read_instance(_instance_record(DEFAULT_INSTANCE))
     if instance:
-        return instance
+        return instance.settings_path
     home = '/etc/octopus/default' if os.geteuid() == 0 else os.path.expanduser('~/.tentacle')
     return os.path.join(home, SETTINGS_NAME)
 
@@ -7548,14 +7860,42 @@ def record_identity(settings: Settings, identity: Identity) -> None:
     change_settings(settings.path, change)
 
 
+def _take_over(settings: Settings) -> Identity:
+    """The original's identity as ours: its certificate stays in the settings. Raises
+    TentacleError.
+    """
+    what = '%s in %s' % (KEY_CERTIFICATE, settings.path)
+    pfx = unprotect(settings.original_certificate, what)
+    identity = keep_identity(pfx.encode(), settings.certificate_path, what)
+    logger.info('The certificate of the original is ours now: %s', identity.thumbprint)
+    return identity
+
+
+def existing_identity(settings: Settings) -> Optional[Identity]:
+    """The identity that the settings name, be it in our PEM file or encrypted by the original,
+    which counts where the two differ and the settings name the thumbprint of another one than ours.
+    Raises TentacleError.
+    """
+    try:
+        identity: Optional[Identity] = load_identity(settings.certificate_path)
+    except FileNotFoundError:
+        identity = None
+    if identity is not None and identity.thumbprint == settings.thumbprint:
+        return identity
+    if settings.original_certificate and (identity is None or settings.thumbprint):
+        identity = _take_over(settings)
+        record_identity(settings, identity)
+    return identity
+
+
 def our_identity(settings: Settings) -> Identity:
     """The identity that the settings name; a missing one is made, and named in the settings. Raises
     TentacleError.
     """
-    try:
-        return load_identity(settings.certificate_path)
-    except FileNotFoundError:
-        logger.info('There is no certificate yet: %s is made', settings.certificate_path)
+    identity = existing_identity(settings)
+    if identity is not None:
+        return identity
+    logger.info('There is no certificate yet: %s is made', settings.certificate_path)
     with locked_folder(os.path.dirname(settings.certificate_path)):
         try:
             return load_identity(settings.certificate_path)  # another one was faster
@@ -7585,10 +7925,16 @@ def our_subscription(settings: Settings) -> str:
     return kept
 
 
-def script_environment(settings: Settings) -> Dict[str, str]:
+def script_environment(settings: Settings, instance: str = DEFAULT_INSTANCE) -> Dict[str, str]:
     """The environment of a script (wire notes 4): ours, and what deployments look for."""
     environment = dict(os.environ)
     program = os.path.abspath(__file__)
+    proxy = settings.proxy
+    try:
+        password = proxy.secret()
+    except TentacleError as error:
+        logger.error('Scripts go without it: %s', error)
+        password = Secret()
     environment.update(
         {
             'TentacleHome': settings.home,
@@ -7597,17 +7943,17 @@ def script_environment(settings: Settings) -> Dict[str, str]:
             'CalamariPackageRetentionJournalPath': os.path.join(
                 settings.home, 'PackageRetentionJournal.json'
             ),
-            'TentacleInstanceName': DEFAULT_INSTANCE,
+            'TentacleInstanceName': instance,
             'TentacleVersion': TENTACLE_VERSION,
             'TentaclePyVersion': __version__,
             'TentacleExecutablePath': program,
             'TentacleProgramDirectoryPath': os.path.dirname(program),
             'AgentProgramDirectoryPath': os.path.dirname(program),
-            'TentacleUseDefaultProxy': 'True',
-            'TentacleProxyHost': '',
-            'TentacleProxyPort': '80',
-            'TentacleProxyUsername': '',
-            'TentacleProxyPassword': '',
+            'TentacleUseDefaultProxy': str(proxy.use_default),
+            'TentacleProxyHost': proxy.host,
+            'TentacleProxyPort': str(proxy.port),
+            'TentacleProxyUsername': proxy.user,
+            'TentacleProxyPassword': password[:],
         }
     )
     return environment

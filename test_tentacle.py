@@ -6264,7 +6264,7 @@ def test_a_key_that_others_may_read_is_warned_of(tmp_path):
         (
             'tentacle-default.config',
             '<octopus-settings><set key="Tentacle.Services.PortNumber">x</set></octopus-settings>',
-            'must be a port',
+            'must be a number',
         ),
     ],
 )
