@@ -65,7 +65,7 @@ import sys
 #: Verbs that stay for long. CPython keeps the syntax tree of a script for as long as it runs, for
 #: this file some 10 MB; run as a module, from cached bytecode, it needs none, and no site-packages
 #: either.
-_RESIDENT_VERBS = ('listen', 'poll', 'serve')
+_RESIDENT_VERBS = ('listen', 'poll', 'serve', 'agent', 'run')
 _RUN_AS_MODULE = """import sys
 from importlib.machinery import SourceFileLoader
 sys.argv[:] = sys.argv[1:]
@@ -271,6 +271,10 @@ class Limits(NamedTuple):
     log_line: int = 32 << 10  # characters of one log entry: a line without end is cut
     log_answer_lines: int = 10000  # of one status answer; the client asks again for the rest
     log_answer_bytes: int = 4 << 20  # the same in bytes of the log
+    # -- what we write
+    log_file: int = 10 << 20  # bytes of OctopusTentacle.txt and audit.jsonl; then a new one begins,
+    old_logs: int = 7  # and so many old ones are kept
+    settings_look: float = 2.0  # seconds between two looks whether who is trusted has changed
     # -- what `serve` keeps
     job_lines: int = 1000000  # of one job's output,
     job_characters: int = 256 << 20  # and of their text
@@ -313,6 +317,33 @@ class Secret(str):
 
     def __format__(self, spec: str) -> str:
         return format('***', spec)
+
+
+#: One JSON object a line, where a command opens it; silent until then.
+audit_logger = logging.getLogger('tentacle.audit')
+audit_logger.propagate = False
+audit_logger.setLevel(logging.CRITICAL)
+audit_logger.addHandler(logging.NullHandler())
+
+#: On the thread of a connection: `peer` (its address) and `thumbprint`.
+caller = threading.local()
+
+
+def iso_time(milliseconds: int) -> str:
+    """Milliseconds since 1970 as ISO 8601, in UTC."""
+    seconds, rest = divmod(milliseconds, 1000)
+    return time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds)) + '.%03dZ' % rest
+
+
+def audit(event: str, **facts: Any) -> None:
+    """Record who did what: an event with its time, the connection of this thread, and facts, in
+    which no contents and no secrets stand. Any thread may call; never raises.
+    """
+    if audit_logger.isEnabledFor(logging.INFO):
+        entry = {'time': iso_time(int(time.time() * 1000)), 'event': event}
+        entry.update(vars(caller))
+        entry.update(facts)
+        audit_logger.info(json.dumps(entry))
 
 
 def start_thread(name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
@@ -757,7 +788,7 @@ def _pem_of(content: bytes, password: str) -> str:
 
 
 def _identity_pem(text: str) -> str:
-    """The private key and the certificates of a PEM text, and nothing else. Raises TentacleError."""
+    """The private key and the certificates of a PEM text alone. Raises TentacleError."""
     found = re.finditer(r'-----BEGIN ([A-Z0-9 ]+)-----.*?-----END \1-----', text, re.S)
     blocks = [(match.group(1), match.group()) for match in found]
     keys = [block for label, block in blocks if label.endswith('PRIVATE KEY')]
@@ -768,18 +799,6 @@ def _identity_pem(text: str) -> str:
             % (', '.join(label for label, _ in blocks) or 'neither')
         )
     return '\n'.join(keys + certificates) + '\n'
-
-
-def import_identity(source: str, path: str, password: str = '') -> Identity:
-    """Make the key and certificate of a PEM or PFX file, or of a PFX file's base64 text, our
-    identity. Raises TentacleError.
-    """
-    try:
-        with open(source, 'rb') as file:
-            content = file.read(1 << 20)
-    except OSError as error:
-        raise TentacleError('%s can not be read: %s' % (source, error.strerror))
-    return keep_identity(content, path, source, password)
 
 
 def keep_identity(content: bytes, path: str, source: str, password: str = '') -> Identity:
@@ -799,6 +818,18 @@ def keep_identity(content: bytes, path: str, source: str, password: str = '') ->
             reason = reason.partition(': ')[2].partition('. Restore it')[0]
         raise TentacleError('%s can not be used: %s' % (source, reason))
     return load_identity(path)
+
+
+def import_identity(source: str, path: str, password: str = '') -> Identity:
+    """Make the key and certificate of a PEM or PFX file, or of a PFX file's base64 text, our
+    identity. Raises TentacleError.
+    """
+    try:
+        with open(source, 'rb') as file:
+            content = file.read(1 << 20)
+    except OSError as error:
+        raise TentacleError('%s can not be read: %s' % (source, error.strerror))
+    return keep_identity(content, path, source, password)
 
 
 # AES (FIPS 197), for files of a script that come with an `EncryptionPassword`, and for the secrets
@@ -873,7 +904,6 @@ class Aes:
             '>4I', *[self._substitute(word) ^ key for word, key in zip(mixed, self._rounds[-1])]
         )
 
-
     def decrypt_block(self, block: bytes) -> bytes:
         """The inverse of `encrypt_block` (FIPS 197, 5.3)."""
         words = [a ^ b for a, b in zip(struct.unpack('>4I', block), self._rounds[-1])]
@@ -887,7 +917,7 @@ class Aes:
         return struct.pack('>4I', *words)
 
     def _unmixed(self, word: int) -> int:
-        """InvMixColumns of one column: MixColumns three times, since its fourth power is nothing."""
+        """InvMixColumns of one column: MixColumns three times, since four times is none."""
         for _ in range(3):
             t0, t1, t2, t3 = self._tables
             a, b, c, d = word.to_bytes(4, 'big').translate(self._inverse)
@@ -3300,6 +3330,7 @@ class ServiceRegistry:
         """Run a request; whatever happens becomes a response, but for the end of the connection
         that its data streams come from: ConnectionLost, ProtocolError.
         """
+        audit('call', service=printable(request.service), method=printable(request.method))
         try:
             return Response(request.id, self._call(request))
         except (ConnectionLost, ProtocolError):
@@ -4253,6 +4284,8 @@ class RunningScript:
         self.failure: Optional[Exception] = None  # of the preparation
         self._runner = runner
         self._lock = threading.Lock()
+        self._by = getattr(caller, 'thumbprint', None)  # None: an agent before us took it
+        self._digest = spec.body and hashlib.sha256(spec.body.encode()).hexdigest()  # the same
         self._launched = False
         self._launches = 0
         self._exit_code = 0
@@ -4292,6 +4325,15 @@ class RunningScript:
             )
         else:
             self.workspace.ask_to_cancel()
+
+    def facts(self) -> Dict[str, Any]:
+        """What the audit log says of it."""
+        return {
+            'thumbprint': self._by,
+            'ticket': self.spec.ticket,
+            'task': printable(self.spec.task_id),
+            'sha256': self._digest,
+        }
 
     # -- its life, in the order of its steps
 
@@ -4422,6 +4464,8 @@ class RunningScript:
             self.log.last = [LogEntry(STDERR, int(time.time() * 1000), lines_were_lost(lost))]
         self._exit_code = exit_code
         self._ended_at = float('-inf') if before_us else time.monotonic()
+        if not before_us:
+            audit('script-ended', exit_code=exit_code, **self.facts())
         self._ended.set()
 
     def hold(self, descriptor: int) -> None:
@@ -4500,6 +4544,7 @@ class ScriptRunner:
         try:
             script.prepare()
             logger.info('Script %s of %s starts', spec.ticket, printable(spec.task_id))
+            audit('script-started', **script.facts())
             self.mutex.enter(script)
         except Exception as error:
             script.failure = error
@@ -4934,6 +4979,7 @@ class FileTransferService:
             with self._journal.entry(os.path.join(real_folder, temporary)):
                 with replacing(folder, name, temporary, details) as target:
                     pump(upload.open(), keep, upload.length)
+        audit('file-written', path=path, bytes=upload.length, sha1=digest.hexdigest())
         return UploadResult(full_path=path, hash=digest.hexdigest(), length=upload.length)
 
     @exposed('DownloadFile', str)
@@ -4952,6 +4998,7 @@ class FileTransferService:
         if not stat.S_ISREG(details.st_mode):
             file.close()
             raise TentacleError('%s is not a file' % path)
+        audit('file-read', path=path, bytes=details.st_size)
         return DataStream(details.st_size, lambda: file)  # type: ignore[arg-type,return-value]
 
 
@@ -5059,7 +5106,7 @@ class SecureListener(socketserver.TCPServer):
         self._strangers: 'OrderedDict[socket.socket, str]' = (
             OrderedDict()
         )  # not yet identified, oldest first
-        self._peers: Dict[socket.socket, str] = {}
+        self._peers: Dict[socket.socket, SecureStream] = {}
         self._stopping = False
         self.address_family = socket.AF_INET6 if not host or ':' in host else socket.AF_INET
         self._wake_ends = socket.socketpair()
@@ -5175,8 +5222,10 @@ class SecureListener(socketserver.TCPServer):
     def _connection(self, sock: ssl.SSLSocket, peer: str) -> None:
         with self.reporting(peer):
             stream = self._meet(sock, peer)
-            if stream is not None and self._welcome(sock, peer):
+            if stream is not None and self._welcome(sock, stream):
                 logger.info('%s: connected, thumbprint %s', peer, stream.thumbprint)
+                caller.peer, caller.thumbprint = peer, stream.thumbprint
+                audit('connection-accepted')
                 stream.on_close = lambda: self._ended(sock)
                 self._serve(stream)
                 return
@@ -5202,6 +5251,7 @@ class SecureListener(socketserver.TCPServer):
                 self._trust_command,
                 error.thumbprint or 'THUMBPRINT',
             )
+            audit('connection-refused', peer=peer, thumbprint=error.thumbprint, reason=str(error))
         except ConnectionLost as error:
             wire_logger.info(
                 '%s', error if str(error).startswith(peer) else '%s: %s' % (peer, error)
@@ -5233,20 +5283,28 @@ class SecureListener(socketserver.TCPServer):
         stream.set_timeout(self._limits.handshake)
         return stream
 
-    def _welcome(self, sock: ssl.SSLSocket, peer: str) -> bool:
+    def _welcome(self, sock: ssl.SSLSocket, stream: SecureStream) -> bool:
         """Count a stranger among the pinned peers, if there is room."""
         with self._lock:
             if self._strangers.pop(sock, None) is None or self._stopping:
                 return False  # dropped at the last moment
             if len(self._peers) < self._max_connections:
-                self._peers[sock] = peer
+                self._peers[sock] = stream
                 return True
         logger.warning(
             '%s: closed, %d connections of trusted peers are open already',
-            peer,
+            stream.peer,
             self._max_connections,
         )
         return False
+
+    def drop_untrusted(self, trusted: Container[str]) -> None:
+        """End the connections of those who are pinned no more. Any thread may call."""
+        with self._lock:
+            for sock, stream in self._peers.items():
+                if not is_pinned(stream.certificate, trusted):
+                    logger.warning('%s: closed, it is trusted no more', stream.peer)
+                    _hang_up(sock)
 
     def stop(self) -> None:
         """Let `serve_forever` return. Any thread may call."""
@@ -5301,6 +5359,7 @@ class ListeningTentacle:
         limits: Limits = LIMITS,
     ):
         self._limits = limits
+        self._trusted = trusted
         self._services, self._owns_services = _services_of(services, limits)
         self._listener = SecureListener(
             host,
@@ -5327,6 +5386,10 @@ class ListeningTentacle:
             exchange.as_server(self._services.handle)
         finally:
             exchange.close()
+
+    def drop_untrusted(self) -> None:
+        """End the connections of those who are pinned no more. Any thread may call."""
+        self._listener.drop_untrusted(self._trusted())
 
     def start(self) -> None:
         """Take over what an agent before us left, and accept from now on."""
@@ -5440,6 +5503,15 @@ class PollingTentacle:
         if self._owns_services:
             self._services.stop()
 
+    def drop_untrusted(self) -> None:
+        """End the connections to servers that are pinned no more. Any thread may call."""
+        trusted = self._trusted()
+        with self._changed:
+            for stream in self._streams:
+                if not is_pinned(stream.certificate, trusted):
+                    logger.warning('%s: closed, it is trusted no more', stream.peer)
+                    stream.hang_up()
+
     def dial_now(self) -> None:
         """End all waiting for the next dial: the network may have changed."""
         with self._changed:
@@ -5521,7 +5593,9 @@ class PollingTentacle:
         try:
             endpoint = ServiceEndPoint(uri, None, self._proxy_of(uri))
             stream = connect(endpoint, self._identity, limits, self._trusted())
+            caller.peer, caller.thumbprint = stream.peer, stream.thumbprint
             with self._registered(stream):
+                audit('connection-accepted', subscription=self.subscription)
                 MessageExchange(stream, self._services.spool, self._limits).as_subscriber(
                     self.subscription, self._services.handle, identified, self._patience, goes_on
                 )
@@ -5535,6 +5609,9 @@ class PollingTentacle:
                     self.subscription,
                     self._identity.thumbprint,
                 )
+            if isinstance(error, UntrustedThumbprint):
+                facts = {'thumbprint': error.thumbprint, 'reason': str(error)}
+                audit('connection-refused', peer=uri, **facts)
             if not self._stopping and time.monotonic() < self._deadline:
                 logger.warning('%s%s', error, hint)
         except Exception:  # a bug; this connection ends, the next is dialled
@@ -7555,8 +7632,13 @@ class Settings(NamedTuple):
 
     @property
     def trusted(self) -> Tuple[str, ...]:
-        """The thumbprints."""
+        """Their thumbprints."""
         return tuple(server.thumbprint for server in self.servers if server.thumbprint)
+
+    def polled(self) -> List[TrustedServer]:
+        """Those that a polling tentacle dials, each once."""
+        chosen = [server for server in self.servers if server.style == STYLE_POLLING]
+        return list(OrderedDict.fromkeys(chosen))
 
 
 def read_settings_file(path: str) -> Dict[str, str]:
@@ -7705,6 +7787,12 @@ def trust_server(path: str, added: TrustedServer) -> None:
     )
 
 
+def _connections_of_environment() -> int:
+    """0 where it says nothing that counts."""
+    text = os.environ.get('TentaclePollingConnectionCount', '')
+    return min(max(int(text), 1), 512) if re.match(r'[0-9]{1,9}\Z', text) else 0
+
+
 def read_settings(path: str) -> Settings:
     """Raises TentacleError for what the file has and we can not take."""
     values = {key: text.strip() for key, text in read_settings_file(path).items()}
@@ -7747,7 +7835,7 @@ def read_settings(path: str) -> Settings:
         '' if address.lower() == 'any' else address,
         boolean(KEY_NO_LISTEN, False),
         tuple(map(TrustedServer.from_document, read_trusted(path, values))),
-        number(KEY_POLLING_CONNECTIONS, 1, 1, 512),
+        _connections_of_environment() or number(KEY_POLLING_CONNECTIONS, 1, 1, 512),
         values.get(KEY_APPLICATIONS) or '/home/Octopus/Applications',
         os.path.join(folder, values.get(KEY_CERTIFICATE_FILE) or certificate),
         values.get(KEY_CERTIFICATE, ''),
@@ -7997,10 +8085,11 @@ class TrustedThumbprints:
 
     def __init__(self, path: str, given: Iterable[str] = ()):
         self._given = frozenset(given)
-        self._settings = Watched(path, lambda: frozenset(read_settings(path).trusted))
+        #: the settings as they are now
+        self.settings: Callable[[], Settings] = Watched(path, lambda: read_settings(path))
 
     def __call__(self) -> FrozenSet[str]:
-        return self._settings() | self._given
+        return self._given.union(self.settings().trusted)
 
 
 def _set_in_section(text: str, section: str, key: str, value: str) -> str:
@@ -8376,7 +8465,11 @@ class Dispatcher:
 
 
 class Command(NamedTuple):
-    """A verb of the command line: its help, its options and what it does stand together."""
+    """A verb of the command line: its help, its options and what it does stand together.
+
+    Those with `is_original` are the words of the original Tentacle: their options are `--name
+    value`, `--name=value` or `/name=value`, in any case, and a usage error has exit code 1.
+    """
 
     name: str
     help: str
@@ -8384,6 +8477,9 @@ class Command(NamedTuple):
     options: Tuple[Tuple[Tuple[str, ...], Dict[str, Any]], ...]
     function: Callable[[Any], int]
     words: str  # what may follow after --, '' = nothing may
+    is_original: bool = False
+    aliases: Tuple[str, ...] = ()
+    has_instance: bool = False  # it works on the settings of one: --instance, --config, a log file
 
 
 COMMANDS: 'OrderedDict[str, Command]' = OrderedDict()
@@ -8392,6 +8488,20 @@ COMMANDS: 'OrderedDict[str, Command]' = OrderedDict()
 def _option(*names: str, **settings: Any) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
     """An argument as `argparse` takes it."""
     return names, settings
+
+
+def _flag(name: str, help: str) -> Tuple[Tuple[str, ...], Dict[str, Any]]:
+    return _option(name, action='store_true', help=help)
+
+
+def _value(name: str, help: str, *more: str, **settings: Any) -> Any:
+    """An option with a value, which the original's help shows as =VALUE."""
+    return _option(name, *more, metavar='VALUE', help=help, **settings)
+
+
+def _list(name: str, help: str) -> Any:
+    """The same, which may be repeated."""
+    return _value(name, help, action='append', default=[])
 
 
 def _command(
@@ -8406,9 +8516,48 @@ def _command(
     return register
 
 
+def _original(
+    name: str, help: str, *options: Any, aliases: Tuple[str, ...] = (), has_instance: bool = True
+) -> Callable[[Callable[[Any], int]], Callable[[Any], int]]:
+    """Declare one of the original's commands."""
+
+    def register(function: Callable[[Any], int]) -> Callable[[Any], int]:
+        COMMANDS[name] = Command(name, help, '', options, function, '', True, aliases, has_instance)
+        return function
+
+    return register
+
+
+#: What a command says also goes to its instance's log file, where it has one.
+told_logger = logging.getLogger('tentacle.told')
+told_logger.propagate = False
+told_logger.addHandler(logging.NullHandler())
+
+
 def say(text: str) -> None:
     """A result, on stdout, at once."""
     print(text, flush=True)
+    told_logger.info('%s', text)
+
+
+def _write_json(facts: Any) -> None:
+    """As the original writes it: indented, without a line's end."""
+    sys.stdout.write(json.dumps(facts, indent=2, ensure_ascii=False))
+    sys.stdout.flush()
+
+
+_FORMAT_OPTION = _value(
+    '--format', 'The format of the output (text,json). Defaults to text.', default='text'
+)
+
+
+def _wants_json(arguments: Any) -> bool:
+    """Raises UsageError."""
+    if arguments.format.lower() not in ('text', 'json'):
+        raise UsageError(
+            "The format '%s' is not supported. Try text or json." % printable(arguments.format)
+        )
+    return arguments.format.lower() == 'json'
 
 
 def _complain(text: str) -> None:
@@ -8416,8 +8565,22 @@ def _complain(text: str) -> None:
     print('tentacle.py: ' + printable(text, 2000), file=sys.stderr, flush=True)
 
 
+def _settings_path(arguments: Any) -> str:
+    """The settings file that a command works on. Raises TentacleError."""
+    if getattr(arguments, 'config', None) is not None:
+        path = os.path.abspath(arguments.config)
+        if not os.path.isfile(path):
+            raise TentacleError(
+                'There is no settings file %s: create-instance --config makes one' % path
+            )
+        return path
+    if getattr(arguments, 'instance', None) is not None:
+        return find_instance(arguments.instance).settings_path
+    return find_settings(arguments.home)
+
+
 def _settings(arguments: Any) -> Settings:
-    return read_settings(find_settings(arguments.home))
+    return read_settings(_settings_path(arguments))
 
 
 def _program(arguments: Any, command: str) -> str:
@@ -8427,7 +8590,11 @@ def _program(arguments: Any, command: str) -> str:
     verb, *rest = command.split()
     words = ['python3', os.path.abspath(__file__), verb]
     home = arguments.home or os.environ.get('TENTACLE_HOME')
-    if home:
+    if getattr(arguments, 'config', None) is not None:
+        words += ['--config', os.path.abspath(arguments.config)]
+    elif getattr(arguments, 'instance', None) is not None:
+        words += ['--instance', arguments.instance]
+    elif home:
         words += ['--home', os.path.abspath(home)]
     return ' '.join(shlex.quote(word) for word in words + rest)
 
@@ -8500,7 +8667,9 @@ _PROXY_OPTIONS = (
 )
 
 
-def _proxy_chooser(arguments: Any) -> Callable[[str], Optional[Proxy]]:
+def _proxy_chooser(
+    arguments: Any, default: Callable[[str], Optional[Proxy]] = proxy_of_environment
+) -> Callable[[str], Optional[Proxy]]:
     """What gives the proxy to an https URI. Raises UsageError."""
     password = None
     if arguments.proxy_password_file is not None:
@@ -8512,21 +8681,161 @@ def _proxy_chooser(arguments: Any) -> Callable[[str], Optional[Proxy]]:
     if arguments.proxy is None:
         if password is not None:
             raise UsageError('--proxy-password-file needs --proxy http://USER@HOST:PORT')
-        return proxy_of_environment
+        return default
     chosen = None if arguments.proxy == 'none' else parse_proxy(arguments.proxy, password)
     if password is not None and not (chosen and chosen.user):
         raise UsageError('--proxy-password-file needs --proxy http://USER@HOST:PORT')
     return lambda uri: chosen
 
 
+# -- the log file of an instance
+
+_LOG_NAME = os.path.join('Logs', 'OctopusTentacle.txt')
+_AUDIT_NAME = os.path.join('Logs', 'audit.jsonl')
+_LEVEL_NAMES = {'WARNING': 'WARN', 'CRITICAL': 'FATAL'}
+
+
+class _LogFormatter(logging.Formatter):
+    """The original's layout: time, process, thread, level, text."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        moment = time.strftime('%Y-%m-%d %H:%M:%S', time.localtime(record.created))
+        fraction = int(record.created % 1 * 10000)
+        thread = getattr(threading, 'get_native_id', lambda: 0)()
+        level = _LEVEL_NAMES.get(record.levelname, record.levelname)
+        lead = '%s.%04d  %5d  %5d %-5s  ' % (moment, fraction, os.getpid(), thread, level)
+        text = lead + record.getMessage()
+        return text + ('\n' + self.formatException(record.exc_info) if record.exc_info else '')
+
+
+def _log_file(path: str, rotates: bool) -> logging.Handler:
+    """A handler for a file that its owner alone may read; where it rotates, NAME.0.EXT is the
+    newest of the old ones. Raises OSError.
+    """
+    from logging.handlers import RotatingFileHandler
+
+    class LogFile(RotatingFileHandler):
+        def _open(self) -> Any:
+            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+            return open(os.open(self.baseFilename, flags, 0o600), 'a', encoding='utf-8')
+
+        def handleError(self, record: logging.LogRecord) -> None:
+            """A full disk ends no call."""
+
+    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+    handler = LogFile(path, maxBytes=LIMITS.log_file if rotates else 0, backupCount=LIMITS.old_logs)
+    base, extension = os.path.splitext(handler.baseFilename)
+
+    def name_of(name: str) -> str:
+        return '%s.%d%s' % (base, int(name.rpartition('.')[2]) - 1, extension)
+
+    handler.namer = name_of
+    return handler
+
+
+def _operating_system() -> str:
+    with contextlib.suppress(OSError), open('/etc/os-release', encoding='utf-8') as file:
+        for line in file:
+            if line.startswith('PRETTY_NAME='):
+                return line.partition('=')[2].strip().strip('"\'')
+    return ' '.join(os.uname()[0:3:2])
+
+
+def _user_name() -> str:
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
+_SECRET_OPTION = re.compile(r'(?:--?|/)[\w-]*(?:password|apikey|token|pw)', re.I)
+
+
+def _shown_words(words: Sequence[str]) -> str:
+    """A command line for a log, without its secrets."""
+    shown, is_secret = [], False
+    for word in words:
+        match = _SECRET_OPTION.match(word)
+        if is_secret:
+            shown.append('***')
+        elif match and re.match('[=:]', word[match.end() :]):
+            shown.append(match.group() + '=***')
+        else:
+            shown.append(word)
+        is_secret = bool(match and match.end() == len(word) and not is_secret)
+    return printable(' '.join(shown), 2000)
+
+
+def _instance_name(arguments: Any, settings: Settings) -> str:
+    """The name of the instance whose settings these are; the default one's where it has none."""
+    given = getattr(arguments, 'instance', None)
+    names = [entry.name for entry in instances() if entry.settings_path == settings.path]
+    if given in names or not names:
+        return given or DEFAULT_INSTANCE
+    return names[0]
+
+
+def _start_up_facts(arguments: Any, settings: Settings) -> List[str]:
+    """What the log file says first."""
+    bits = struct.calcsize('P') * 8
+    return [
+        'Tentacle version %s (tentacle.py %s) instance %s'
+        % (TENTACLE_VERSION, __version__, _instance_name(arguments, settings)),
+        'Environment Information:',
+        '  OperatingSystem: ' + _operating_system(),
+        '  OsBitVersion: ' + ('x64' if bits == 64 else 'x86'),
+        '  Is64BitProcess: %s' % (bits == 64),
+        '  CurrentUser: ' + _user_name(),
+        '  MachineName: ' + socket.gethostname(),
+        '  ProcessorCount: %d' % (os.cpu_count() or 1),
+        '  CurrentDirectory: ' + printable(os.getcwd()),
+        '  TempDirectory: ' + os.path.join(os.environ.get('TMPDIR') or '/tmp', ''),
+        '  HostProcessName: tentacle.py',
+        '  PID: %d' % os.getpid(),
+        'CommandLine: ' + _shown_words(sys.argv),
+    ]
+
+
+def _logged_settings(arguments: Any, rotates: bool = False) -> Settings:
+    """The settings of an original's command, which is told of in their instance's log file from
+    here on. Raises TentacleError.
+    """
+    settings = _settings(arguments)
+    try:
+        handler = _log_file(os.path.join(settings.home, _LOG_NAME), rotates)
+    except OSError as error:
+        logger.debug('There is no log file: %s', error)
+        return settings
+    handler.setFormatter(_LogFormatter())
+    for target in (logger, told_logger):
+        target.addHandler(handler)
+    told_logger.setLevel(logging.INFO)
+    for text in _start_up_facts(arguments, settings):
+        told_logger.info('%s', text)
+    return settings
+
+
+def _start_audit(settings: Settings) -> None:
+    """From here on `audit` writes. Raises TentacleError: who asked for a record gets it."""
+    path = os.path.join(settings.home, _AUDIT_NAME)
+    try:
+        handler = _log_file(path, rotates=True)
+    except OSError as error:
+        raise TentacleError('The audit log %s can not be written: %s' % (path, error.strerror))
+    handler.setFormatter(logging.Formatter('%(message)s'))
+    audit_logger.addHandler(handler)
+    audit_logger.setLevel(logging.INFO)
+
+
 def _agent_services(arguments: Any, settings: Settings) -> AgentServices:
     """Raises TentacleError when the home can not be used."""
+    _start_audit(settings)
+    instance = _instance_name(arguments, settings)
+    root = _files_root(getattr(arguments, 'files_root', None)) or settings.files_root or None
     try:
-        return AgentServices(
-            settings.home,
-            lambda: script_environment(settings),
-            _files_root(arguments.files_root) or settings.files_root or None,
-        )
+        return AgentServices(settings.home, lambda: script_environment(settings, instance), root)
     except OSError as error:
         raise TentacleError(
             '%s can not be used: %s. Choose another folder with --home DIR or $TENTACLE_HOME'
@@ -8566,6 +8875,97 @@ def _start_listening(agent: ListeningTentacle) -> None:
     say('Agent listening on: %s' % agent.address)
 
 
+class _SettingsWatch:
+    """Looks every two seconds whether the settings have changed: has the connections of those end
+    who are trusted no more, and says what counts after a restart alone.
+    """
+
+    def __init__(
+        self, settings: Settings, trusted: TrustedThumbprints, drop_untrusted: Callable[[], None]
+    ):
+        self._trusted = trusted
+        self._drop_untrusted = drop_untrusted
+        self._known = settings
+        self._stopped = threading.Event()
+        start_thread('settings', self._run)
+
+    def _run(self) -> None:
+        pinned = self._trusted()
+        while not self._stopped.wait(LIMITS.settings_look):
+            now = self._trusted()
+            if now != pinned:
+                added, removed = ', '.join(sorted(now - pinned)), ', '.join(sorted(pinned - now))
+                logger.info('Trusted from now on: %s; no more: %s', added or '-', removed or '-')
+                pinned = now
+                self._drop_untrusted()
+            self._compare(self._trusted.settings())
+
+    def _compare(self, now: Settings) -> None:
+        if now is self._known:
+            return
+        before, self._known = self._known, now
+        names = [name for name in Settings._fields if getattr(now, name) != getattr(before, name)]
+        if 'servers' in names:
+            names.remove('servers')
+            if now.polled() != before.polled():
+                names.append('servers to poll')
+        if names:
+            text = ', '.join(names).replace('_', ' ')
+            logger.warning('The settings have changed: %s. It counts from the next start on', text)
+
+    def stop(self) -> None:
+        self._stopped.set()
+
+
+def _notify(state: str) -> None:
+    """Tell systemd how we are, where it asked for that (sd_notify(3))."""
+    address = os.environ.get('NOTIFY_SOCKET', '')
+    if address[:1] in ('/', '@'):
+        with contextlib.suppress(OSError), socket.socket(
+            socket.AF_UNIX, socket.SOCK_DGRAM | socket.SOCK_CLOEXEC
+        ) as sock:
+            sock.sendto(state.encode(), address.replace('@', '\0', 1))
+
+
+def _stay(
+    settings: Settings,
+    services: AgentServices,
+    trusted: TrustedThumbprints,
+    listener: Optional[ListeningTentacle],
+    pollers: Sequence[PollingTentacle],
+) -> int:
+    """Be a tentacle until SIGTERM or Ctrl-C; SIGHUP has the pollers dial at once."""
+    agents = ([listener] if listener is not None else []) + list(pollers)
+    signals = SignalWaiter(*{*_stop_signals(), *([signal.SIGHUP] if pollers else [])})
+    services.start()
+    if listener is not None:
+        _start_listening(listener)
+    if pollers:
+        say('Starting %d polling connections' % sum(len(agent.servers) for agent in pollers))
+    for agent in pollers:
+        agent.start()
+
+    def drop_untrusted() -> None:
+        for agent in agents:
+            agent.drop_untrusted()
+
+    watch = _SettingsWatch(settings, trusted, drop_untrusted)
+    _notify('READY=1')
+    number = signals.wait()
+    while number == signal.SIGHUP and pollers:
+        logger.info('SIGHUP: dialling now')
+        for agent in pollers:
+            agent.dial_now()
+        number = signals.wait()
+    logger.info('Stopping: %s', signal.Signals(number).name)
+    _notify('STOPPING=1')
+    watch.stop()
+    for agent in agents:
+        agent.stop()
+    services.stop()
+    return 0
+
+
 @_command(
     'listen',
     'be a listening tentacle, until SIGTERM or Ctrl-C',
@@ -8587,13 +8987,7 @@ def _listen(arguments: Any) -> int:
     services = _agent_services(arguments, settings)
     agent = _listener(arguments, settings, services, identity, trusted, port)
     _say_trusted(arguments, identity, trusted)
-    signals = SignalWaiter(*_stop_signals())
-    services.start()
-    _start_listening(agent)
-    logger.info('Stopping: %s', signal.Signals(signals.wait()).name)
-    agent.stop()
-    services.stop()
-    return 0
+    return _stay(settings, services, trusted, agent, [])
 
 
 _BUSY = 75  # EX_TEMPFAIL: another one of the same home is still at it
@@ -8607,51 +9001,66 @@ def _number(option: str, text: str, least: int, most: int) -> int:
     return int(text)
 
 
-def _poll_once(agent: PollingTentacle, services: AgentServices, max_time: float) -> int:
+def _poll_once(agents: Sequence[PollingTentacle], services: AgentServices, max_time: float) -> int:
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
     services.start()
+    reached: List[bool] = []
+
+    def run(agent: PollingTentacle) -> None:
+        reached.append(agent.run_once(max_time))
+
     try:
-        return 0 if agent.run_once(max_time) else 1
+        for thread in [start_thread('once', run, agent) for agent in agents]:
+            thread.join()
     finally:
+        for agent in agents:
+            agent.stop()
         services.stop()
+    return 0 if any(reached) else 1
 
 
-def _keep_polling(
-    arguments: Any,
-    settings: Settings,
-    agent: PollingTentacle,
-    services: AgentServices,
-    identity: Identity,
-    trusted: TrustedThumbprints,
-) -> int:
-    """Poll, and listen where that is asked for, until SIGTERM or Ctrl-C."""
-    listener = None
-    if arguments.listen is not None:
-        port = _port(arguments.listen)
-        listener = _listener(arguments, settings, services, identity, trusted, port)
-    _say_trusted(arguments, identity, trusted)
+def _say_polled(agent: PollingTentacle, thumbprint: str) -> None:
     for uri in sorted(set(agent.servers)):
         say(
             'Agent will poll Octopus Server at %s for subscription %s expecting thumbprint %s'
-            % (uri, agent.subscription, ' or '.join(sorted(trusted())) or 'none yet')
+            % (uri, agent.subscription, thumbprint)
         )
-    signals = SignalWaiter(signal.SIGTERM, signal.SIGINT, signal.SIGHUP)
-    services.start()
-    if listener is not None:
-        _start_listening(listener)
-    say('Starting %d polling connections' % len(agent.servers))
-    agent.start()
-    number = signals.wait()
-    while number == signal.SIGHUP:
-        logger.info('SIGHUP: dialling now')
-        agent.dial_now()
-        number = signals.wait()
-    logger.info('Stopping: %s', signal.Signals(number).name)
-    if listener is not None:
-        listener.stop()
-    agent.stop()
-    services.stop()
-    return 0
+
+
+def _configured_pollers(
+    arguments: Any,
+    settings: Settings,
+    services: AgentServices,
+    identity: Identity,
+    trusted: Callable[[], FrozenSet[str]],
+    connections: int,
+    proxy_of: Callable[[str], Optional[Proxy]],
+) -> List[PollingTentacle]:
+    """One for each server that the settings have to be polled, with its own thumbprint. Raises
+    TentacleError.
+    """
+    agents = []
+    for server in settings.polled():
+        if not (server.address and server.subscription):
+            logger.error('%s is not polled: it has no address, or no subscription', server)
+            continue
+        own = frozenset([server.thumbprint])
+        try:
+            agent = PollingTentacle(
+                services,
+                identity,
+                lambda own=own: own & trusted(),
+                [server.address],
+                server.subscription,
+                connections,
+                proxy_of,
+                _program(arguments, 'configure --trust'),
+            )
+        except UsageError as error:
+            raise TentacleError('%s in %s: %s' % (KEY_TRUSTED, settings.path, error))
+        _say_polled(agent, server.thumbprint)
+        agents.append(agent)
+    return agents
 
 
 @_command(
@@ -8659,14 +9068,21 @@ def _keep_polling(
     'be a polling tentacle, that dials its servers; resident, or from cron with --once',
     'tentacle.py poll https://server:10943/ --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3\n'
     '  * * * * * cd /opt && python3 -m tentacle poll https://server:10943/ --once  (in a crontab)',
-    _option('servers', metavar='URL', nargs='+', help='https://HOST[:10943]/, one for each node'),
+    _option(
+        'servers',
+        metavar='URL',
+        nargs='*',
+        help='https://HOST[:10943]/, one for each node (default: those of the settings)',
+    ),
     _TRUST_OPTION,
     _option(
         '--subscription',
         metavar='poll://NAME/',
         help='the queue to poll (default: one that is made once, and kept)',
     ),
-    _option('--connections', metavar='N', default='1', help='to each server, 1 to 512 (default 1)'),
+    _option(
+        '--connections', metavar='N', help='to each server, 1 to 512 (default: as configured, or 1)'
+    ),
     _option(
         '--once',
         action='store_true',
@@ -8685,7 +9101,8 @@ def _keep_polling(
 )
 def _poll(arguments: Any) -> int:
     given = [parse_thumbprint(text) for text in arguments.trust]
-    connections = _number('--connections', arguments.connections, 1, 512)
+    if arguments.connections is not None:
+        _number('--connections', arguments.connections, 1, 512)
     max_time = float('inf')
     if arguments.max_time is not None:
         max_time = _number('--max-time', arguments.max_time, 1, 10**9)
@@ -8696,8 +9113,11 @@ def _poll(arguments: Any) -> int:
     for url in arguments.servers:
         if re.match(r'(?!https://)\w+://', url):
             raise UsageError('%s is no server: https://HOST:PORT/ expected' % printable(url))
-    proxy_of = _proxy_chooser(arguments)
     settings = _settings(arguments)
+    proxy_of = _proxy_chooser(arguments, settings.polling_proxy.proxy_of)
+    if not (arguments.servers or settings.polled()):
+        raise UsageError('which server? https://HOST:PORT/ expected, or one in the settings')
+    connections = int(arguments.connections or settings.polling_connections)
     identity = our_identity(settings)
     trusted = TrustedThumbprints(settings.path, given)
     with sole_holder(settings.home, 'poll.lock') as is_sole:
@@ -8709,19 +9129,75 @@ def _poll(arguments: Any) -> int:
             return _BUSY
         subscription = arguments.subscription and parse_subscription(arguments.subscription)
         services = _agent_services(arguments, settings)
-        agent = PollingTentacle(
+        listener = None
+        if arguments.listen is not None:
+            port = _port(arguments.listen)
+            listener = _listener(arguments, settings, services, identity, trusted, port)
+        if not arguments.once:
+            _say_trusted(arguments, identity, trusted)
+        if arguments.servers:
+            agents = [
+                PollingTentacle(
+                    services,
+                    identity,
+                    trusted,
+                    arguments.servers,
+                    subscription or our_subscription(settings),
+                    connections,
+                    proxy_of,
+                    _program(arguments, 'configure --trust'),
+                )
+            ]
+            if not arguments.once:
+                _say_polled(agents[0], ' or '.join(sorted(trusted())) or 'none yet')
+        else:
+            agents = _configured_pollers(
+                arguments, settings, services, identity, trusted, connections, proxy_of
+            )
+        if arguments.once:
+            return _poll_once(agents, services, max_time)
+        return _stay(settings, services, trusted, listener, agents)
+
+
+@_original(
+    'agent',
+    'Be a tentacle in the foreground, as the settings have it: listen, and poll',
+    _value('--wait', 'Milliseconds to wait first'),
+    _FILES_ROOT_OPTION,
+    aliases=('run',),
+)
+def _agent(arguments: Any) -> int:
+    if arguments.wait:
+        time.sleep(_number('--wait', arguments.wait, 0, 10**8) / 1000)
+    settings = _logged_settings(arguments, rotates=True)
+    if not os.path.exists(settings.path):
+        raise TentacleError(
+            'There are no settings %s yet: create-instance makes them' % settings.path
+        )
+    identity = our_identity(settings)
+    trusted = TrustedThumbprints(settings.path)
+    with sole_holder(settings.home, 'poll.lock') as is_sole:
+        if not is_sole:
+            raise TentacleError(
+                'Another agent of %s runs already: use that one, or stop it' % settings.home
+            )
+        services = _agent_services(arguments, settings)
+        listener = None
+        if not settings.no_listen:
+            listener = _listener(arguments, settings, services, identity, trusted, settings.port)
+        _say_trusted(arguments, identity, trusted)
+        agents = _configured_pollers(
+            arguments,
+            settings,
             services,
             identity,
             trusted,
-            arguments.servers,
-            subscription or our_subscription(settings),
-            connections,
-            proxy_of,
-            _program(arguments, 'configure --trust'),
+            settings.polling_connections,
+            settings.polling_proxy.proxy_of,
         )
-        if arguments.once:
-            return _poll_once(agent, services, max_time)
-        return _keep_polling(arguments, settings, agent, services, identity, trusted)
+        if listener is None:
+            say('Agent will not listen on any TCP ports')
+        return _stay(settings, services, trusted, listener, agents)
 
 
 def _allow_many_descriptors() -> None:
@@ -8791,12 +9267,6 @@ def _serve(arguments: Any) -> int:
         jobs.join()
         store.close()
     return 0
-
-
-def iso_time(milliseconds: int) -> str:
-    """Milliseconds since 1970 as ISO 8601, in UTC."""
-    seconds, rest = divmod(milliseconds, 1000)
-    return time.strftime('%Y-%m-%dT%H:%M:%S', time.gmtime(seconds)) + '.%03dZ' % rest
 
 
 def _ago(seconds: float) -> str:
@@ -9911,119 +10381,504 @@ def _trust(arguments: Any) -> int:
     return 0
 
 
-@_command(
-    'configure',
-    'change who may call us, and where files may go, kept in the settings',
-    'tentacle.py configure --trust 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
-    _option(
-        '--trust',
-        metavar='THUMBPRINT',
-        action='append',
-        default=[],
-        help='trust it; may be repeated',
-    ),
-    _option(
-        '--remove-trust',
-        metavar='THUMBPRINT',
-        action='append',
-        default=[],
-        help='trust it no more; may be repeated',
-    ),
-    _option('--reset-trust', action='store_true', help='first forget all that are trusted'),
-    _option(
-        '--files-root',
-        metavar='DIR',
-        help='from its next start on an agent uploads and downloads no file outside this folder; '
-        "'' = anywhere",
-    ),
-    _option('--job-days', metavar='N', help='`serve` keeps a job that is over so long (30)'),
-    _option('--job-count', metavar='N', help='and so many of them (10000)'),
-)
-def _configure(arguments: Any) -> int:
-    root = _files_root(arguments.files_root)
-    trust = arguments.trust or arguments.remove_trust or arguments.reset_trust
-    numbers = {KEY_JOB_DAYS: arguments.job_days, KEY_JOB_COUNT: arguments.job_count}
-    numbers = {
-        key: str(_number('--job-days and --job-count', text, 1, 10**8))
-        for key, text in numbers.items()
-        if text is not None
-    }
-    if not trust and root is None and not numbers:
+# -- the original's commands: instances, certificates and settings
+
+
+def _restart_hint() -> None:
+    say('A running agent takes this over when it is restarted.')
+
+
+def _parsed(option: str, text: str, pattern: str, expected: str) -> str:
+    """An option's text as it is. Raises UsageError where it is not as expected."""
+    if not re.match(pattern + r'\Z', text):
+        raise UsageError('%s %s: %s expected' % (option, printable(text) or "''", expected))
+    return text
+
+
+def _boolean(option: str, text: str) -> bool:
+    return _parsed(option, text.lower(), 'true|false', 'True or False') == 'true'
+
+
+def _connection_count(text: str) -> int:
+    if not re.match('[0-9]{1,9}\\Z', text):
         raise UsageError(
-            'nothing to change: --trust, --remove-trust, --reset-trust, --files-root, --job-days '
-            'or --job-count expected'
+            "The polling connection count '%s' is not a valid whole number: 1 to 512 expected"
+            % printable(text)
         )
-    settings_path = find_settings(arguments.home)
-    if trust:
-        change_trust(settings_path, arguments.trust, arguments.remove_trust, arguments.reset_trust)
-        trusted = read_settings(settings_path).trusted
-        say('Trusted to call this host: %s' % (', '.join(trusted) or 'nobody'))
-    if root is not None:
-        change_settings(settings_path, lambda values: values.update({KEY_FILES_ROOT: root}))
-        say('Files are transferred from and to: %s' % (root or 'anywhere'))
-    if numbers:
-        change_settings(settings_path, lambda values: values.update(numbers))
-        say('From its next start `serve` keeps jobs so.')
+    return _number('--pollingConnectionCount', text, 1, 512)
+
+
+@_original(
+    'create-instance',
+    'Make the settings of a tentacle, and register it by a name on this machine',
+    _value('--instance', 'Name of the instance; Tentacle, the default one, where there is none'),
+    _value('--config', 'Settings file to make (default: tentacle-NAME.config in the home)'),
+    _value('--home', 'Home directory (default: where the settings file is)'),
+    has_instance=False,
+)
+def _create_instance(arguments: Any) -> int:
+    name = arguments.instance or DEFAULT_INSTANCE
+    home = arguments.home and os.path.abspath(arguments.home)
+    path = arguments.config and os.path.abspath(arguments.config)
+    if not path and home:
+        path = os.path.join(home, SETTINGS_NAME)
+    if not path:
+        raise UsageError('Where shall its settings be? --config FILE or --home DIR expected')
+    if os.path.isdir(path):
+        raise UsageError('--config %s is a directory: name a file' % printable(path))
+    create_instance(name, path, home)
+    say("Instance '%s' uses configuration '%s'." % (name, path))
     return 0
 
 
-@_command(
+@_original('delete-instance', 'Forget an instance; its settings and its home stay where they are')
+def _delete_instance(arguments: Any) -> int:
+    instance = find_instance(arguments.instance or DEFAULT_INSTANCE)
+    delete_instance(instance)
+    say('Deleted instance: %s. Its settings are still at %s' % instance)
+    return 0
+
+
+@_original(
+    'list-instances', 'List the instances of this machine', _FORMAT_OPTION, has_instance=False
+)
+def _list_instances(arguments: Any) -> int:
+    known = instances()
+    if _wants_json(arguments):
+        _write_json(
+            [
+                {'InstanceName': name, 'ConfigurationFilePath': settings_path}
+                for name, settings_path in known
+            ]
+        )
+        return 0
+    for instance in known:
+        print("Instance '%s' uses configuration '%s'." % instance)
+    return 0
+
+
+def _export_certificate(arguments: Any) -> int:
+    import tempfile
+
+    path = arguments.export_pfx or arguments.export_file
+    with tempfile.TemporaryDirectory() as folder:
+        identity = create_identity(os.path.join(folder, CERTIFICATE_NAME))
+        content = pfx_of_identity(identity, arguments.pfx_password or '')
+    if arguments.export_file is not None:
+        content = base64.b64encode(content)
+    write_private(os.path.abspath(path), content)
+    say('A new certificate was written to %s, its thumbprint is %s' % (path, identity.thumbprint))
+    return 0
+
+
+@_original(
     'new-certificate',
-    'make a new certificate and use it; the other sides must then trust its thumbprint',
-    'tentacle.py new-certificate --if-blank',
-    _option('--if-blank', action='store_true', help='only when there is none yet'),
+    'Make a new certificate and use it; the other sides must then trust its thumbprint',
+    _option('-b', '--if-blank', action='store_true', help='Only when there is none yet'),
+    _value(
+        '--export-file',
+        'Write a new one to this file, as the base64 text of a PFX file without a password, and '
+        'do not use it here',
+        '-e',
+    ),
+    _value('--export-pfx', 'Write a new one to this PFX file, and do not use it here'),
+    _value('--pfx-password', 'The password of that PFX file'),
 )
 def _new_certificate(arguments: Any) -> int:
-    settings = _settings(arguments)
-    if arguments.if_blank and os.path.exists(settings.certificate_path):
-        identity = load_identity(settings.certificate_path)
-        say('A certificate is there already, its thumbprint is ' + identity.thumbprint)
-        return 0
+    exports = [arguments.export_file, arguments.export_pfx]
+    if exports.count(None) + (not arguments.if_blank) < 2:
+        raise UsageError('--if-blank, --export-file and --export-pfx do not go together')
+    if arguments.export_pfx is not None and not arguments.pfx_password:
+        raise UsageError('--export-pfx needs --pfx-password PASSWORD')
+    if exports != [None, None]:
+        return _export_certificate(arguments)
+    settings = _logged_settings(arguments)
+    if arguments.if_blank:
+        existing = existing_identity(settings)
+        if existing is not None:
+            say('A certificate is there already, its thumbprint is ' + existing.thumbprint)
+            return 0
     identity = create_identity(settings.certificate_path)
     record_identity(settings, identity)
     say('A new certificate was made, its thumbprint is ' + identity.thumbprint)
     return 0
 
 
-@_command(
+@_original(
     'import-certificate',
-    'use the certificate and key of a PEM or PFX file',
-    'tentacle.py import-certificate --from-file old.pfx --pfx-password secret',
-    _option(
+    'Use the certificate and key of a file',
+    _value(
         '--from-file',
-        metavar='FILE',
-        required=True,
-        help='PEM with both, or PFX (needs the openssl program)',
+        'PEM with both, PFX, or the text of new-certificate --export-file; the last two need the '
+        'openssl program',
+        '-f',
     ),
-    _option(
-        '--pfx-password',
-        metavar='PASSWORD',
-        default='',
-        help='the password of the PFX file (default: empty)',
-    ),
+    _value('--pfx-password', 'The password of the PFX file (default: empty)', '--pw', default=''),
 )
 def _import_certificate(arguments: Any) -> int:
-    settings = _settings(arguments)
+    if not arguments.from_file:
+        raise UsageError('Which certificate? --from-file FILE expected')
+    settings = _logged_settings(arguments)
     identity = import_identity(
         arguments.from_file, settings.certificate_path, arguments.pfx_password
     )
     record_identity(settings, identity)
     say('The certificate was imported, its thumbprint is ' + identity.thumbprint)
+    _restart_hint()
     return 0
 
 
-@_command(
+def write_file(path: str, content: bytes) -> None:
+    """Write what is no secret. Raises TentacleError."""
+    try:
+        with open(path, 'wb') as file:
+            file.write(content)
+    except OSError as error:
+        raise TentacleError('%s can not be written: %s' % (path, error.strerror))
+
+
+@_original(
     'show-thumbprint',
-    'print our thumbprint, for the other side to trust',
-    'tentacle.py show-thumbprint',
+    'Print our thumbprint, for the other side to trust',
+    _value('--export-file', 'Write it to this file', '-e'),
+    _flag('--thumbprint-only', 'Has no effect: nothing else is printed anyway'),
+    _FORMAT_OPTION,
 )
 def _show_thumbprint(arguments: Any) -> int:
+    as_json = _wants_json(arguments)
+    thumbprint = our_identity(_logged_settings(arguments)).thumbprint
+    if arguments.export_file:
+        write_file(arguments.export_file, thumbprint.encode())
+        return 0
+    text = thumbprint
+    if as_json:
+        text = json.dumps({'Thumbprint': thumbprint}, separators=(',', ':'))
     # Without a line's end, as the original has it, but for a person at a terminal.
-    print(
-        our_identity(_settings(arguments)).thumbprint,
-        end='\n' if sys.stdout.isatty() else '',
-        flush=True,
+    print(text, end='\n' if sys.stdout.isatty() else '', flush=True)
+    return 0
+
+
+def _home_to_set(arguments: Any) -> Optional[str]:
+    """What `configure --home` sets in an instance; None where it names the home whose settings are
+    to be changed, as everywhere else.
+    """
+    if arguments.home is None:
+        return None
+    home = os.path.abspath(arguments.home)
+    if not (arguments.instance or arguments.config):
+        ours = find_settings(home)
+        arguments.home = None
+        if os.path.exists(ours) or not os.path.exists(find_settings()):
+            arguments.home = home
+            return None
+    return home
+
+
+def _listen_address(text: str) -> str:
+    """'' for any. Raises UsageError."""
+    import ipaddress
+
+    if text.lower() in ('', 'any'):
+        return ''
+    try:
+        return str(ipaddress.ip_address(text))
+    except ValueError:
+        raise UsageError('--listenIpAddress %s: an address or any expected' % printable(text))
+
+
+def _changed_values(arguments: Any) -> Dict[str, str]:
+    """What `configure` sets, by the settings' keys. Raises UsageError."""
+    changed = {}
+    if arguments.app:
+        changed[KEY_APPLICATIONS] = os.path.abspath(arguments.app)
+    if arguments.port:
+        changed[KEY_PORT] = str(_port(arguments.port))
+    if arguments.noListen:
+        changed[KEY_NO_LISTEN] = str(_boolean('--noListen', arguments.noListen)).lower()
+    if arguments.listenIpAddress is not None:
+        changed[KEY_LISTEN_IP] = _listen_address(arguments.listenIpAddress)
+    if arguments.pollingConnectionCount:
+        count = _connection_count(arguments.pollingConnectionCount)
+        changed[KEY_POLLING_CONNECTIONS] = str(count)
+    if arguments.files_root is not None:
+        changed[KEY_FILES_ROOT] = _files_root(arguments.files_root) or ''
+    for key, option in ((KEY_JOB_DAYS, 'job_days'), (KEY_JOB_COUNT, 'job_count')):
+        text = getattr(arguments, option)
+        if text is not None:
+            changed[key] = str(_number('--job-days and --job-count', text, 1, 10**8))
+    return changed
+
+
+def _make_folder(path: str) -> None:
+    try:
+        os.makedirs(path, exist_ok=True)
+    except OSError as error:
+        raise TentacleError('The directory %s can not be made: %s' % (path, error.strerror))
+
+
+@_original(
+    'configure',
+    'Change the settings: who may call us, where we listen, where files may go',
+    _value('--home', 'Home directory', '--homedir'),
+    _value('--app', 'Directory that deployments put applications into', '--appdir'),
+    _value('--port', 'Port to listen on'),
+    _value('--noListen', 'True: listen on no port, for a polling tentacle'),
+    _value('--listenIpAddress', 'Address to listen on, or any'),
+    _value('--pollingConnectionCount', 'How many connections poll each server, 1 to 512'),
+    _list('--trust', 'Thumbprint of a server to trust; may be repeated'),
+    _list('--remove-trust', 'Thumbprint of a server to trust no more; may be repeated'),
+    _flag('--reset-trust', 'First forget all servers that are trusted'),
+    _value('--files-root', "No file outside this folder is uploaded or downloaded; '' = anywhere"),
+    _value('--job-days', '`serve` keeps a job that is over so long (30)'),
+    _value('--job-count', 'and so many of them (10000)'),
+)
+def _configure(arguments: Any) -> int:
+    changed = _changed_values(arguments)
+    trust = arguments.trust or arguments.remove_trust or arguments.reset_trust
+    for thumbprint in arguments.trust + arguments.remove_trust:
+        parse_thumbprint(thumbprint)
+    home = _home_to_set(arguments)
+    if home is not None:
+        changed[KEY_HOME] = home
+    if not (trust or changed):
+        raise UsageError('Nothing to change: see configure --help')
+    settings = _logged_settings(arguments)
+    for key in (KEY_HOME, KEY_APPLICATIONS):
+        if key in changed:
+            _make_folder(changed[key])
+    if trust:
+        change_trust(settings.path, arguments.trust, arguments.remove_trust, arguments.reset_trust)
+        trusted = read_settings(settings.path).trusted
+        say('Trusted to call this host: %s' % (', '.join(trusted) or 'nobody'))
+    if changed:
+        change_settings(settings.path, lambda values: values.update(changed))
+        for key, text in changed.items():
+            say('%s is now: %s' % (key, text))
+        _restart_hint()
+    return 0
+
+
+@_original(
+    'set-polling-connection-count',
+    'Change how many connections poll each server',
+    _value('--pollingConnectionCount', 'How many, 1 to 512', '--count'),
+)
+def _set_polling_connection_count(arguments: Any) -> int:
+    if not arguments.count:
+        raise UsageError('How many? --pollingConnectionCount N expected')
+    count = _connection_count(arguments.count)
+    settings = _logged_settings(arguments)
+    change_settings(
+        settings.path, lambda values: values.update({KEY_POLLING_CONNECTIONS: str(count)})
     )
+    say('Polling connection count set to: %d' % count)
+    _restart_hint()
+    return 0
+
+
+@_original(
+    'update-trust',
+    'Trust the new thumbprint of a server in the place of its old one, however it is reached',
+    _value('--oldThumbprint', 'The thumbprint of the server until now'),
+    _value('--newThumbprint', 'The one it has from now on'),
+)
+def _update_trust(arguments: Any) -> int:
+    if not arguments.oldThumbprint or not arguments.newThumbprint:
+        raise UsageError('--oldThumbprint THUMBPRINT and --newThumbprint THUMBPRINT expected')
+    old, new = parse_thumbprint(arguments.oldThumbprint), parse_thumbprint(arguments.newThumbprint)
+    settings = _logged_settings(arguments)
+    if old not in settings.trusted:
+        raise TentacleError('%s is not trusted here, so nothing was changed' % old)
+
+    def change(servers: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        return [
+            dict(server, Thumbprint=new) if _has_thumbprint(server, [old]) else server
+            for server in servers
+        ]
+
+    change_servers(settings.path, change)
+    say('Trusted is %s now, in the place of %s' % (new, old))
+    return 0
+
+
+def _style(option: str, text: Optional[str]) -> int:
+    style = _STYLE_NAMES.get((text or '').lower())
+    if style is None:
+        raise UsageError(
+            '%s %s: TentaclePassive or TentacleActive expected' % (option, printable(text or "''"))
+        )
+    return style
+
+
+def _server_address(text: str, port: Optional[str], default_port: int = POLLING_PORT) -> str:
+    """`https://host:port/` of a host or a URL; `port` takes precedence over the URL's. Raises
+    UsageError.
+    """
+    from urllib.parse import urlsplit
+
+    parts = urlsplit(text if '://' in text else 'https://' + text)
+    try:
+        known_port = parts.port
+    except ValueError:
+        raise UsageError('%s has no port that is one' % printable(text))
+    if parts.scheme not in ('http', 'https') or not parts.hostname:
+        raise UsageError('%s is no server: a host or https://HOST:PORT/ expected' % printable(text))
+    host = '[%s]' % parts.hostname if ':' in parts.hostname else parts.hostname
+    chosen = _number('The port', port, 1, 65535) if port else known_port or default_port
+    return parse_target_uri('https://%s:%d/' % (host, chosen))
+
+
+def _no_web_socket(text: Optional[str]) -> None:
+    if text:
+        raise UsageError(
+            'tentacle.py does not speak web sockets (wss://): let the server be polled at its port '
+            '10943, or through a proxy with polling-proxy'
+        )
+
+
+@_original(
+    'server-comms',
+    'Change how a server that is trusted is reached',
+    _value('--thumbprint', 'Its thumbprint; may be left out where one server is trusted'),
+    _value('--style', 'TentacleActive: we poll it; TentaclePassive: it calls us'),
+    _value('--host', 'With TentacleActive: the host name of the server'),
+    _value('--port', 'With TentacleActive: its port (10943)'),
+    _value('--web-socket', 'Not spoken by tentacle.py'),
+)
+def _server_comms(arguments: Any) -> int:
+    _no_web_socket(arguments.web_socket)
+    style = _style('--style', arguments.style)
+    address = ''
+    if style == STYLE_POLLING:
+        if not arguments.host:
+            raise UsageError('--style TentacleActive needs --host HOST')
+        address = _server_address(arguments.host, arguments.port)
+    wanted = arguments.thumbprint and parse_thumbprint(arguments.thumbprint)
+    settings = _logged_settings(arguments)
+    if not settings.servers:
+        raise TentacleError('No server is trusted yet: first configure --trust THUMBPRINT')
+    if not wanted and len(set(settings.trusted)) > 1:
+        raise UsageError('More than one server is trusted: which one? --thumbprint THUMBPRINT')
+    wanted = wanted or settings.trusted[0]
+    if wanted not in settings.trusted:
+        raise TentacleError('%s is not trusted: first configure --trust %s' % (wanted, wanted))
+    known = [server for server in settings.servers if server.thumbprint == wanted][0]
+    subscription = known.subscription or new_subscription() if address else ''
+    changed = TrustedServer(wanted, style, address, subscription).to_document()
+
+    def change(servers: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
+        position = [_has_thumbprint(server, [wanted]) for server in servers].index(True)
+        return servers[:position] + [dict(servers[position], **changed)] + servers[position + 1 :]
+
+    change_servers(settings.path, change)
+    if address:
+        say('%s is polled at %s for %s' % (wanted, address, subscription))
+    else:
+        say('%s calls us' % wanted)
+    _restart_hint()
+    return 0
+
+
+_CHANGE_PROXY_OPTIONS = (
+    _value('--proxyEnable', 'True: use a proxy; False: use none'),
+    _value('--proxyHost', "Its host; left out, the environment's proxy is used"),
+    _value('--proxyPort', 'Its port (80)'),
+    _value('--proxyUsername', 'Who we are there'),
+    _value('--proxyPassword', 'and the password, which is kept encrypted'),
+)
+
+
+def _proxy_host(text: str) -> Tuple[str, str]:
+    """(host, port or '') of a host, or of a URL. Raises UsageError."""
+    if not text:
+        return '', ''
+    proxy = parse_proxy(text)
+    return proxy.host, str(proxy.port) if re.search(r':\d+/?\Z', text) else ''
+
+
+def _change_proxy(arguments: Any, prefix: str) -> int:
+    """Set one of the two proxies; what is not named stays, but for the host."""
+    enable = arguments.proxyEnable is not None and _boolean('--proxyEnable', arguments.proxyEnable)
+    host, port = _proxy_host(arguments.proxyHost or '')
+    if arguments.proxyPort:
+        port = str(_number('--proxyPort', arguments.proxyPort, 1, 65535))
+    changed = {
+        'UseDefaultProxy': str(enable and not host).lower(),
+        'ProxyHost': host if enable else '',
+    }
+    if port:
+        changed['ProxyPort'] = port
+    if arguments.proxyUsername is not None:
+        changed['ProxyUsername'] = arguments.proxyUsername
+    settings = _logged_settings(arguments)
+    if arguments.proxyPassword is not None:
+        password = arguments.proxyPassword
+        changed['ProxyPassword'] = protect(password) if password else ''
+    change_settings(
+        settings.path,
+        lambda values: values.update({prefix + key: text for key, text in changed.items()}),
+    )
+    if not enable:
+        say('No proxy is used')
+    else:
+        say('The proxy is now: %s' % (host or "the environment's"))
+    _restart_hint()
+    return 0
+
+
+@_original('proxy', 'Change the HTTP proxy that scripts are told of', *_CHANGE_PROXY_OPTIONS)
+def _proxy(arguments: Any) -> int:
+    return _change_proxy(arguments, KEY_PROXY)
+
+
+@_original(
+    'polling-proxy',
+    'Change the HTTP proxy through which servers are polled',
+    *_CHANGE_PROXY_OPTIONS,
+)
+def _polling_proxy(arguments: Any) -> int:
+    return _change_proxy(arguments, KEY_POLLING_PROXY)
+
+
+@_original(
+    'show-configuration',
+    'Print the settings as JSON',
+    _value('--file', 'Write them to this file'),
+)
+def _show_configuration(arguments: Any) -> int:
+    settings = _logged_settings(arguments)
+    servers = read_trusted(settings.path, read_settings_file(settings.path))
+    members = ('Thumbprint', 'CommunicationStyle', 'Address', 'Squid', 'SubscriptionId')
+    facts = {
+        'Octopus': {
+            'Home': settings.home,
+            'Watchdog': {'Enabled': False, 'Instances': '*', 'Interval': 0},
+        },
+        'Tentacle': {
+            'CertificateThumbprint': settings.thumbprint or None,
+            'Communication': {
+                'PollingConnectionCount': settings.polling_connections,
+                'TrustedOctopusServers': [
+                    dict(
+                        {name: server.get(name) for name in members},
+                        CommunicationStyle=TrustedServer.from_document(server).style,
+                    )
+                    for server in servers
+                ],
+            },
+            'Deployment': {'ApplicationDirectory': settings.applications},
+            'Services': {
+                'ListenIP': settings.listen_address or None,
+                'NoListen': settings.no_listen,
+                'PortNumber': settings.port,
+            },
+        },
+    }
+    text = json.dumps(facts, indent=2, ensure_ascii=False)
+    if arguments.file:
+        write_file(arguments.file, text.encode() + b'\n')
+    else:
+        print(text, flush=True)
     return 0
 
 
@@ -10276,56 +11131,259 @@ def _nearest(word: str, words: Iterable[str]) -> str:
     return '; did you mean %s?' % near[0] if near else ''
 
 
-def _parse_command_line(argv: List[str]) -> Tuple[Optional[Command], Any]:
-    """(verb, its arguments); (None, None) when there is none. Only the parser of that verb is
-    built.
-    """
+def _command_of(words: Sequence[str]) -> Optional[Command]:
+    """The command that a command line begins with; the original's also as `--name` and `/name`."""
+    if not words:
+        return None
+    if words[0] in COMMANDS:
+        return COMMANDS[words[0]]
+    first = words[0].lstrip('-/').lower()
+    for command in COMMANDS.values():
+        if command.is_original and first in (command.name, *command.aliases):
+            return command
+    return None
+
+
+_OVERVIEW = """\
+Usage: Tentacle <command> [<options>]
+
+An Octopus Tentacle in one Python file, and a dispatcher for it.
+
+Where <command> is one of:
+
+%s
+
+or of the words of the original Tentacle:
+
+%s
+
+Or use <command> --help for more details.
+"""
+
+
+def _overview() -> str:
+    lists = []
+    for is_original in (False, True):
+        chosen = [entry for entry in COMMANDS.values() if entry.is_original == is_original]
+        lists.append('\n'.join('  %-29s%s' % (entry.name, entry.help) for entry in chosen))
+    return _OVERVIEW % tuple(lists)
+
+
+def _unknown_command(name: str) -> int:
+    near = _nearest(name, COMMANDS)
+    print("Command '%s' is not supported%s" % (printable(name), near), file=sys.stderr, flush=True)
+    print("See 'Tentacle help'", flush=True)
+    return 2
+
+
+def _no_command(words: Sequence[str]) -> int:
+    """What is said where the command is missing, or unknown."""
+    if not any(words):
+        sys.stdout.write(_overview())
+        return 2
+    if words[0] in ('-h', '-?', '/?'):
+        sys.stdout.write(_overview())
+        return 0
+    return _unknown_command(words[0])
+
+
+# -- our verbs
+
+
+def _log_to_stderr(level: int) -> None:
+    handler = logging.StreamHandler()
+    handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)-7s %(message)s'))
+    handler.setLevel(level)
+    logger.addHandler(handler)
+    logger.setLevel(min(level, logging.INFO))
+
+
+def _run_ours(command: Command, words: List[str]) -> int:
+    """Parse and run one of our verbs; only its own parser is built."""
     import argparse
 
-    formatter = argparse.RawDescriptionHelpFormatter
-    verb = COMMANDS.get(argv[0]) if argv else None
-    if verb is None:
-        overview = argparse.ArgumentParser(
-            prog='tentacle.py',
-            usage='tentacle.py COMMAND [options]',
-            formatter_class=formatter,
-            description='An Octopus Tentacle in one Python file, and a dispatcher for it.',
-            epilog='commands:\n%s\n\ntentacle.py COMMAND --help says more, with an example.'
-            % '\n'.join('  %-20s%s' % (entry.name, entry.help) for entry in COMMANDS.values()),
-        )
-        overview.add_argument('--version', action='version', version=__version__)
-        overview.add_argument('command', nargs='?', help=argparse.SUPPRESS)
-        name = overview.parse_known_args(argv)[0].command
-        if name is not None:
-            near = _nearest(name, COMMANDS)
-            overview.error(
-                '%s is no command; tentacle.py --help lists them%s' % (printable(name), near)
-            )
-        overview.print_help()
-        return None, None
     parser = argparse.ArgumentParser(
-        prog='tentacle.py ' + verb.name,
-        description=verb.help,
-        formatter_class=formatter,
-        epilog='%sexample:\n  %s' % (verb.words and verb.words + '\n\n', verb.example),
+        prog='tentacle.py ' + command.name,
+        description=command.help,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+        epilog='%sexample:\n  %s' % (command.words and command.words + '\n\n', command.example),
     )
-    for names, settings in verb.options + _COMMON_OPTIONS:
+    for names, settings in command.options + _COMMON_OPTIONS:
         parser.add_argument(*names, **settings)
-    cut = argv.index('--') if verb.words and '--' in argv else len(argv)
-    arguments, unknown = parser.parse_known_args(argv[1:cut])
+    cut = words.index('--') if command.words and '--' in words else len(words)
+    arguments, unknown = parser.parse_known_args(words[1:cut])
     if unknown:
         names = [name for option in parser._actions for name in option.option_strings]
         near = _nearest(unknown[0].partition('=')[0], names)
         parser.error('%s is not known here%s' % (printable(' '.join(unknown)), near))
-    arguments.words = argv[cut + 1 :]
-    return verb, arguments
+    arguments.words = words[cut + 1 :]
+    _log_to_stderr(logging.DEBUG if arguments.verbose else logging.INFO)
+    return command.function(arguments)
 
 
-def _log_to_stderr(verbose: bool) -> None:
-    handler = logging.StreamHandler()
-    handler.setFormatter(logging.Formatter('%(asctime)s %(levelname)-7s %(message)s'))
-    logger.addHandler(handler)
-    logger.setLevel(logging.DEBUG if verbose else logging.INFO)
+# -- the original's commands
+
+
+_INSTANCE_OPTIONS = (
+    _value('--instance', 'Name of the instance to use'),
+    _value('--config', 'Configuration file to use'),
+)
+_HELP_OPTION = _flag('--help', 'Show detailed help for this command')
+#: Taken everywhere, and not in any help.
+_SILENT_OPTIONS = (
+    _flag('--noninteractive', ''),
+    _flag('--noconsolelogging', ''),
+    _flag('--nologo', ''),
+    _flag('--console', ''),
+    _option('-v', '--verbose', action='store_true', help=''),
+)
+_HOME_OPTION = _value('--home', 'Home directory, in the place of an instance')
+
+
+def _own_options(command: Command) -> List[Any]:
+    """Those that a command's help shows as its own."""
+    return list(_INSTANCE_OPTIONS if command.has_instance else ()) + list(command.options)
+
+
+def _all_options(command: Command) -> List[Any]:
+    options = _own_options(command) + [_HELP_OPTION, *_SILENT_OPTIONS]
+    known = {name for names, _ in options for name in names}
+    further = (_HOME_OPTION, *_INSTANCE_OPTIONS)
+    return options + [option for option in further if option[0][0] not in known]
+
+
+def _original_form(options: Iterable[Any], words: Iterable[str]) -> Tuple[List[str], List[str]]:
+    """(options as argparse takes them, words that are none of these options) of words in any of
+    the original's forms. Raises UsageError.
+    """
+    known = {}
+    for names, settings in options:
+        for name in names:
+            known[name.lstrip('-').lower()] = names[-1], settings.get('action') == 'store_true'
+    taken, unknown = [], []
+    rest = iter(words)
+    for word in rest:
+        match = re.match(r'(?:--|-|/)([\w?-]+)(?:[=:](.*))?\Z', word, re.S)
+        name, is_flag = known.get(match.group(1).lower(), ('', False)) if match else ('', False)
+        value = match and match.group(2)
+        if not name:
+            unknown.append(word)
+        elif is_flag:
+            if value is None or value.lower() != 'false':
+                taken.append(name)
+        else:
+            value = next(rest, None) if value is None else value
+            if value is None:
+                raise UsageError('%s needs a value: %s=VALUE' % (printable(word), name))
+            taken.append('%s=%s' % (name, value))
+    return taken, unknown
+
+
+def _option_lines(options: Iterable[Any]) -> Iterator[str]:
+    """As the original lays them out: names up to column 29, then the words in 49 columns."""
+    for names, settings in options:
+        shown = ', '.join(names)
+        shown = shown + ('=VALUE' if 'metavar' in settings else '')
+        lead = '  ' if re.match('-[a-z],', shown) else '      '
+        line, text = (lead + shown).ljust(29), settings['help']
+        if len(lead + shown) >= 29:
+            yield lead + shown
+            line = ' ' * 29
+        while len(text) > 49 and ' ' in text[:49]:
+            cut = text[:49].rindex(' ') + 1
+            yield line + text[:cut]
+            line, text = ' ' * 31, text[cut:]
+        yield line + text
+
+
+def _show_help(command: Command, arguments: Any) -> int:
+    """A command's help, as text or as JSON."""
+    if not command.is_original:
+        return _run_ours(command, [command.name, '--help'])
+    own = _own_options(command)
+    if getattr(arguments, 'format', None) == 'json':
+        described = [
+            [
+                {'Name': names[-1].lstrip('-'), 'Description': settings['help']}
+                for names, settings in o
+            ]
+            for o in (own, [_HELP_OPTION])
+        ]
+        facts = {'Name': command.name, 'Description': command.help}
+        facts.update(Aliases=list(command.aliases), Options=described[0])
+        facts['CommonOptions'] = described[1]
+        _write_json(facts)
+        return 0
+    lines = ['Usage: Tentacle %s [<options>]' % command.name, '']
+    lines += ['Where [<options>] is any of: ', ''] + list(_option_lines(own)) + ['']
+    lines += ['Or one of the common options: ', ''] + list(_option_lines([_HELP_OPTION]))
+    print('\n'.join(lines), flush=True)
+    return 0
+
+
+def _run_original(command: Command, words: List[str]) -> int:
+    """Parse and run one of the original's commands. Raises TentacleError."""
+    import argparse
+
+    options = _all_options(command)
+    taken, unknown = _original_form(options, words[1:])
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    for names, settings in options:
+        parser.add_argument(*names, **settings)
+    arguments = parser.parse_args(taken)
+    arguments.words = []
+    if command.name == 'help':
+        arguments.words, unknown = unknown[:1], unknown[1:]
+    if arguments.help:
+        return _show_help(command, arguments)
+    if unknown:
+        names = [name for option in options for name in option[0]]
+        near = _nearest(unknown[0].partition('=')[0], names)
+        raise UsageError(
+            'Unrecognized command line arguments: %s%s' % (printable(' '.join(unknown)), near)
+        )
+    if not arguments.noconsolelogging:
+        quiet = logging.INFO if command.name == 'agent' else logging.WARNING
+        _log_to_stderr(logging.DEBUG if arguments.verbose else quiet)
+    return command.function(arguments)
+
+
+@_original(
+    'help', 'List the commands, or show the options of one', _FORMAT_OPTION, has_instance=False
+)
+def _help(arguments: Any) -> int:
+    if arguments.words:
+        command = _command_of(arguments.words)
+        if command is None:
+            return _unknown_command(arguments.words[0])
+        return _show_help(command, arguments)
+    if not _wants_json(arguments):
+        sys.stdout.write(_overview())
+        return 0
+    listed = [
+        {'Name': command.name, 'Description': command.help, 'Aliases': list(command.aliases)}
+        for command in COMMANDS.values()
+        if command.is_original
+    ]
+    _write_json({'Commands': listed})
+    return 0
+
+
+@_original('version', 'Show the Tentacle version information', _FORMAT_OPTION, has_instance=False)
+def _version(arguments: Any) -> int:
+    if _wants_json(arguments):
+        _write_json(
+            {
+                'InformationalVersion': TENTACLE_VERSION,
+                'MajorMinorPatch': TENTACLE_VERSION,
+                'NuGetVersion': TENTACLE_VERSION,
+                'SourceBranchName': 'tentacle.py',
+                'TentaclePyVersion': __version__,
+            }
+        )
+    else:
+        sys.stdout.write(TENTACLE_VERSION)
+    return 0
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -10349,15 +11407,17 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
         return 0
     if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
-    verb, arguments = _parse_command_line(list(sys.argv[1:] if argv is None else argv))
-    if verb is None:
-        return 2
-    _log_to_stderr(arguments.verbose)
+    words = list(sys.argv[1:] if argv is None else argv)
+    command = _command_of(words)
+    if command is None:
+        return _no_command(words)
     try:
-        return verb.function(arguments)
+        if not command.is_original:
+            return _run_ours(command, words)
+        return _run_original(command, words)
     except TentacleError as error:
         _complain(str(error))
-        return error.exit_code
+        return 1 if command.is_original else error.exit_code
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # who read our output has left
