@@ -1056,11 +1056,12 @@ def _hang_up(sock: socket.socket) -> None:
         pass  # it was not connected any more
 
 
-def _tls_context(protocol: int, identity: Identity) -> ssl.SSLContext:
+def _tls_context(protocol: int, identity: Optional[Identity]) -> ssl.SSLContext:
     context = ssl.SSLContext(protocol)
     context.minimum_version = ssl.TLSVersion.TLSv1_2
     context.set_ciphers(CIPHERS)
-    identity.load_into(context)
+    if identity is not None:
+        identity.load_into(context)
     return context
 
 
@@ -1651,7 +1652,7 @@ def _open_tunnel(sock: socket.socket, proxy: Proxy, target: str, limits: Limits)
 
 
 @functools.lru_cache(maxsize=4)
-def _client_context(identity: Identity) -> ssl.SSLContext:
+def _client_context(identity: Optional[Identity]) -> ssl.SSLContext:
     """Kept, since to make one takes as long as to shake hands."""
     context = _tls_context(ssl.PROTOCOL_TLS_CLIENT, identity)
     context.check_hostname = False
@@ -1660,9 +1661,10 @@ def _client_context(identity: Identity) -> ssl.SSLContext:
 
 
 def dial_tls(
-    uri: str, identity: Identity, limits: Limits = LIMITS, proxy: Optional[Proxy] = None
+    uri: str, identity: Optional[Identity], limits: Limits = LIMITS, proxy: Optional[Proxy] = None
 ) -> SecureStream:
-    """Connect to an https URI and shake hands; the peer's certificate is not judged yet.
+    """Connect to an https URI and shake hands; the peer's certificate is not judged yet. Without
+    an identity we show no certificate.
 
     Raises NotDelivered with the plain reason, UntrustedThumbprint when the peer refuses ours.
     """
@@ -10474,7 +10476,7 @@ def _export_certificate(arguments: Any) -> int:
 @_original(
     'new-certificate',
     'Make a new certificate and use it; the other sides must then trust its thumbprint',
-    _option('-b', '--if-blank', action='store_true', help='Only when there is none yet'),
+    _option('--if-blank', '-b', action='store_true', help='Only when there is none yet'),
     _value(
         '--export-file',
         'Write a new one to this file, as the base64 text of a PFX file without a password, and '
@@ -10486,7 +10488,7 @@ def _export_certificate(arguments: Any) -> int:
 )
 def _new_certificate(arguments: Any) -> int:
     exports = [arguments.export_file, arguments.export_pfx]
-    if exports.count(None) + (not arguments.if_blank) < 2:
+    if sum(map(bool, [arguments.if_blank] + exports)) > 1:
         raise UsageError('--if-blank, --export-file and --export-pfx do not go together')
     if arguments.export_pfx is not None and not arguments.pfx_password:
         raise UsageError('--export-pfx needs --pfx-password PASSWORD')
@@ -10664,9 +10666,9 @@ def _configure(arguments: Any) -> int:
     _value('--pollingConnectionCount', 'How many, 1 to 512', '--count'),
 )
 def _set_polling_connection_count(arguments: Any) -> int:
-    if not arguments.count:
+    if not arguments.pollingConnectionCount:
         raise UsageError('How many? --pollingConnectionCount N expected')
-    count = _connection_count(arguments.count)
+    count = _connection_count(arguments.pollingConnectionCount)
     settings = _logged_settings(arguments)
     change_settings(
         settings.path, lambda values: values.update({KEY_POLLING_CONNECTIONS: str(count)})
@@ -10880,6 +10882,1127 @@ def _show_configuration(arguments: Any) -> int:
     else:
         print(text, flush=True)
     return 0
+
+
+# -- the service
+
+
+UNIT_FOLDER = '/etc/systemd/system'
+_UNIT = """\
+[Unit]
+Description=Octopus Tentacle %(name)s (tentacle.py)
+Wants=network-online.target
+After=network-online.target
+
+[Service]
+Type=notify
+NotifyAccess=main
+%(user)sExecStart=%(command)s
+# A script outlives its agent: at a stop or a restart the agent alone is ended.
+KillMode=process
+Restart=always
+RestartSec=5
+TimeoutStopSec=30
+LimitNOFILE=65536
+UMask=0077
+# Scripts have to change this host, so what would keep them from that is left out.
+LockPersonality=yes
+ProtectHostname=no
+OOMPolicy=continue
+
+[Install]
+WantedBy=%(target)s
+"""
+_CRON_HINT = (
+    'There is no systemd here. Let cron start it at boot, and see that it runs: crontab -e, and '
+    'there this line: @reboot %s'
+)
+
+
+class _Service:
+    """The systemd unit of an instance: of the system for root, of its user for others.
+
+    Every method raises TentacleError.
+    """
+
+    def __init__(self, arguments: Any):
+        self._arguments = arguments
+        self._is_root = os.geteuid() == 0
+        # Looked up first: an instance that is not there is told of ahead of all else.
+        self._settings_path = _settings_path(arguments)
+        self.name = 'OctopusDeploy-Tentacle'
+        if arguments.config is None:
+            instance = arguments.instance or DEFAULT_INSTANCE
+            self.name = re.sub(r'\s+', '-', instance.replace('/', ''))
+        folder = UNIT_FOLDER
+        if not self._is_root:
+            configuration = os.environ.get('XDG_CONFIG_HOME') or os.path.expanduser('~/.config')
+            folder = os.path.join(configuration, 'systemd', 'user')
+        self._path = os.path.join(folder, self.name + '.service')
+
+    def _agent_words(self) -> List[str]:
+        words = [sys.executable, os.path.abspath(__file__), 'agent']
+        if self._arguments.config is not None:
+            return words + ['--config', self._settings_path, '--noninteractive']
+        return words + [
+            '--instance',
+            self._arguments.instance or DEFAULT_INSTANCE,
+            '--noninteractive',
+        ]
+
+    def require_systemd(self) -> None:
+        import shlex
+        import shutil
+
+        if shutil.which('systemctl') is None:
+            raise TentacleError(_CRON_HINT % ' '.join(map(shlex.quote, self._agent_words())))
+
+    def systemctl(self, *words: str) -> None:
+        import subprocess
+
+        command = ['systemctl'] + ([] if self._is_root else ['--user']) + list(words)
+        done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+        if done.returncode != 0:
+            said = (done.stderr or done.stdout).decode(errors='replace').strip()
+            raise TentacleError(
+                '`%s` failed with exit code %d: %s. See: journalctl %s-u %s'
+                % (
+                    ' '.join(command),
+                    done.returncode,
+                    printable(' '.join(said.split()) or 'no message', 1000),
+                    '' if self._is_root else '--user ',
+                    self.name,
+                )
+            )
+
+    def _unit(self) -> str:
+        words = [
+            '"%s"' % re.sub(r'(["\\])', r'\\\1', w).replace('%', '%%').replace('$', '$$')
+            for w in self._agent_words()
+        ]
+        user = self._arguments.username
+        environment = ''
+        for name in ('TentacleMachineConfigurationHomeDirectory', 'TENTACLE_HOME'):
+            if os.environ.get(name):
+                text = '%s=%s' % (name, os.environ[name].replace('%', '%%'))
+                environment += 'Environment="%s"\n' % text
+        return _UNIT % {
+            'name': self.name,
+            'user': ('User=%s\n' % user if user and self._is_root else '') + environment,
+            'command': ' '.join(words),
+            'target': 'multi-user.target' if self._is_root else 'default.target',
+        }
+
+    def install(self) -> None:
+        if self._arguments.username:
+            self._give_to(self._arguments.username)
+        unit = self._unit()
+        os.makedirs(os.path.dirname(self._path), exist_ok=True)
+        write_file(self._path, unit.encode())
+        os.chmod(self._path, 0o644)
+        self.systemctl('daemon-reload')
+        self.systemctl('enable', self.name)
+        say('Service installed: %s, as %s' % (self.name, self._path))
+        if not self._is_root:
+            say('So that it runs while nobody is logged in: loginctl enable-linger')
+
+    def _give_to(self, user: str) -> None:
+        """Let a user have the settings, the key and the home of the instance."""
+        import pwd
+
+        if not self._is_root:
+            raise UsageError('--username is for root: a unit of a user runs as that user')
+        try:
+            owner = pwd.getpwnam(user)
+        except KeyError:
+            raise UsageError('--username %s: there is no such user' % printable(user))
+        settings = read_settings(self._settings_path)
+        our_identity(settings)
+        kept = [settings.path, settings.certificate_path, settings.home]
+        for part in ('Logs', 'Work', '.uploads'):
+            for folder, folders, files in os.walk(os.path.join(settings.home, part)):
+                kept += [folder] + [os.path.join(folder, name) for name in folders + files]
+        for path in kept:
+            with contextlib.suppress(FileNotFoundError):
+                os.chown(path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
+
+    def uninstall(self) -> None:
+        if not os.path.exists(self._path):
+            raise TentacleError('There is no service %s: %s expected' % (self.name, self._path))
+        with contextlib.suppress(TentacleError):
+            self.systemctl('stop', self.name)
+        self.systemctl('disable', self.name)
+        try:
+            os.unlink(self._path)
+        except OSError as error:
+            raise TentacleError('%s can not be removed: %s' % (self._path, error.strerror))
+        self.systemctl('daemon-reload')
+        say('Service uninstalled: ' + self.name)
+
+    def start(self) -> None:
+        self.systemctl('start', self.name)
+        say('Service started: ' + self.name)
+
+    def stop(self) -> None:
+        say('Stopping service: ' + self.name)
+        self.systemctl('stop', self.name)
+        say('Service stopped: ' + self.name)
+
+    def restart(self) -> None:
+        say('Restarting service: ' + self.name)
+        self.systemctl('restart', self.name)
+        say('Service has been restarted: ' + self.name)
+
+
+@_original(
+    'service',
+    'Install, start, stop or remove the systemd service of an instance',
+    _flag('--install', 'Write its unit, and have it started at boot'),
+    _flag('--uninstall', 'Stop it and remove its unit'),
+    _flag('--start', 'Start it'),
+    _flag('--stop', 'Stop it; scripts that run go on'),
+    _flag('--restart', 'Stop and start it; scripts that run go on'),
+    _flag('--reconfigure', 'Write its unit anew'),
+    _value('--username', 'The user whom it runs as (root)', '--user'),
+)
+def _service(arguments: Any) -> int:
+    wanted = [
+        name
+        for name in ('restart', 'stop', 'uninstall', 'install', 'reconfigure', 'start')
+        if getattr(arguments, name)
+    ]
+    if not wanted:
+        raise UsageError(
+            'What shall be done? --install, --uninstall, --start, --stop, --restart or '
+            '--reconfigure expected'
+        )
+    service = _Service(arguments)
+    service.require_systemd()
+    _logged_settings(arguments)
+    for name in wanted:
+        getattr(service, 'install' if name == 'reconfigure' else name)()
+    return 0
+
+
+# -- the REST side of an Octopus Server
+
+
+_REST_SECONDS = 60.0
+_REST_BYTES = 64 << 20  # of an answer: all machines of a large server
+
+
+class OctopusServer:
+    """An Octopus Server's REST API, for one command. Every method raises TentacleError.
+
+    Its certificate is checked against this host's trusted ones, or pinned by `thumbprint`, or not
+    at all (`insecure`).
+    """
+
+    def __init__(
+        self,
+        url: str,
+        headers: Dict[str, str],
+        proxy: Optional[Proxy] = None,
+        thumbprint: Optional[str] = None,
+        insecure: bool = False,
+    ):
+        self.url = url.rstrip('/')
+        self._headers = dict(headers, Accept='application/json')
+        self._proxy = proxy
+        self._pinned = thumbprint
+        self._insecure = insecure
+        self._opener = self._new_opener(thumbprint is None and not insecure)
+
+    def _new_opener(self, verifies: bool) -> Any:
+        """What opens requests: through our proxy alone, and following no redirection."""
+        import http.client
+        import http.cookiejar
+        import urllib.request
+
+        context = ssl.create_default_context()
+        if not verifies:
+            context.check_hostname = False
+            context.verify_mode = ssl.CERT_NONE
+        pinned = self._pinned
+
+        class Connection(http.client.HTTPSConnection):
+            def connect(self) -> None:
+                super().connect()
+                shown = self.sock.getpeercert(True)
+                if pinned is not None and not is_pinned(shown, [pinned]):
+                    raise UntrustedThumbprint(
+                        'The server shows the thumbprint %s, and --server-thumbprint is %s'
+                        % (thumbprint_of(shown), pinned)
+                    )
+
+        class Handler(urllib.request.HTTPSHandler):
+            def https_open(self, request: Any) -> Any:
+                return self.do_open(Connection, request, context=context)  # type: ignore[arg-type]
+
+        class NoRedirection(urllib.request.HTTPRedirectHandler):
+            def redirect_request(self, *arguments: Any) -> None:
+                """The API key is for the host that was named, and nobody else."""
+
+        proxies = {}
+        if self._proxy is not None:
+            from urllib.parse import quote
+
+            login = ''
+            if self._proxy.user:
+                password = quote(self._proxy.password[:], safe='')
+                login = '%s:%s@' % (quote(self._proxy.user, safe=''), password)
+            address = 'http://%s%s' % (login, self._proxy)
+            proxies = {'http': address, 'https': address}
+        self._cookies = http.cookiejar.CookieJar()
+        opener = urllib.request.build_opener(
+            urllib.request.ProxyHandler(proxies),
+            urllib.request.HTTPCookieProcessor(self._cookies),
+            Handler(),
+            NoRedirection(),
+        )
+        opener.addheaders = [('User-Agent', 'tentacle.py/' + __version__)]
+        return opener
+
+    def call(self, method: str, path: str, body: Any = None) -> Any:
+        """The answer's JSON, None where it has none; `path` from the server's root, or from the
+        URL that it was named by where it begins with /api.
+        """
+        import urllib.error
+        import urllib.request
+        from urllib.parse import urljoin
+
+        url = self.url + path if path.startswith('/api') else urljoin(self.url + '/', path)
+        data = None if body is None else json.dumps(body).encode()
+        headers = dict(self._headers)
+        if data is not None:
+            headers['Content-Type'] = 'application/json'
+        for cookie in self._cookies:
+            if cookie.name.startswith('Octopus-Csrf-Token'):
+                headers['X-Octopus-Csrf-Token'] = cookie.value or ''
+        request = urllib.request.Request(url, data, headers, method=method)
+        try:
+            with self._opener.open(request, timeout=_REST_SECONDS) as answer:
+                content = answer.read(_REST_BYTES + 1)
+        except urllib.error.HTTPError as error:
+            with error:
+                raise self._refused(method, url, error, error.read(1 << 20))
+        except TentacleError:
+            raise
+        except (OSError, ValueError) as error:
+            raise self._not_reached(getattr(error, 'reason', error))
+        if len(content) > _REST_BYTES:
+            raise TentacleError('%s answers with more than %d bytes' % (url, _REST_BYTES))
+        try:
+            return json.loads(content.decode('utf-8-sig')) if content.strip() else None
+        except ValueError:
+            raise TentacleError(
+                '%s answers with no JSON: is that the address of an Octopus Server? %s'
+                % (url, printable(content[:100].decode(errors='replace')))
+            )
+
+    @staticmethod
+    def _refused(method: str, url: str, error: Any, content: bytes) -> TentacleError:
+        said = []
+        with contextlib.suppress(ValueError):
+            facts = json.loads(content.decode('utf-8-sig'))
+            if isinstance(facts, dict):
+                said = [facts.get('ErrorMessage')] + list(facts.get('Errors') or ())
+        text = ' '.join(printable(part, 1000) for part in said if part)
+        if error.code in (301, 302, 303, 307, 308):
+            text = 'it moved to %s: give that as --server' % printable(error.headers['Location'])
+        if error.code == 401:
+            text = (text + ' Is the API key right?').strip()
+        return TentacleError(
+            'The server refuses %s %s (%d): %s' % (method, url, error.code, text or error.reason)
+        )
+
+    def _not_reached(self, reason: Any) -> TentacleError:
+        if isinstance(reason, ssl.SSLCertVerificationError):
+            return TentacleError(
+                "%s shows a certificate that this host does not trust (%s). If it is the server's "
+                'own, say so: --server-thumbprint %s; or --insecure for none of these checks'
+                % (self.url, reason.verify_message, self.seen_thumbprint() or 'THUMBPRINT')
+            )
+        return TentacleError('%s can not be reached: %s' % (self.url, printable(reason)))
+
+    def seen_thumbprint(self) -> Optional[str]:
+        """The thumbprint of the certificate that the server shows, whoever it is."""
+        uri = _server_address(self.url, None, 443)
+        with contextlib.suppress(TentacleError):
+            stream = dial_tls(uri, None, proxy=self._proxy)
+            stream.close()
+            return stream.thumbprint
+        return None
+
+
+def _server_at(uri: str, proxy: Optional[Proxy]) -> str:
+    """The thumbprint of a server that polling tentacles may call, as it answers us (octopus-agent,
+    Registration). Raises TentacleError.
+    """
+    stream = dial_tls(uri, None, proxy=proxy)
+    try:
+        host = uri[len('https://') : -1]
+        stream.set_timeout(LIMITS.handshake)
+        stream.write(('GET / HTTP/1.0\r\nHost: %s\r\n\r\n' % host).encode())
+        line = stream.read_line(LIMITS.control_line) or ''
+    finally:
+        stream.close()
+    if not re.match(r'HTTP/1\.\d 200\b', line):
+        raise TentacleError(
+            '%s is no port that tentacles poll: an HTTP answer with 200 expected, and it says %s'
+            % (uri, printable(line, 80) or 'nothing')
+        )
+    if stream.thumbprint is None:
+        raise TentacleError('%s shows no certificate' % uri)
+    return stream.thumbprint
+
+
+# -- registration (octopus-agent, Registration)
+
+
+_SERVER_OPTIONS = (
+    _value('--server', 'The Octopus Server, like https://octopus.example.com'),
+    _value('--apiKey', 'An API key there (default: $OCTOPUS_API_KEY)'),
+    _value('--apiKey-file', 'The API key is the first line of this file'),
+    _value('--bearerToken', 'A bearer token, in the place of an API key'),
+    _value('--username', 'A user there, in the place of an API key', '--user', '-u'),
+    _value('--password', 'and the password', '-p'),
+    _value('--server-thumbprint', "Of the server's certificate, where this host does not know it"),
+    _flag('--insecure', "Do not check the server's certificate"),
+)
+_SPACE_OPTION = _value('--space', 'Name of the space there (default: its default one)')
+
+
+def _first_line(option: str, path: str) -> str:
+    """Raises UsageError."""
+    try:
+        with open(path, encoding='utf-8') as file:
+            return file.readline().strip()
+    except (OSError, ValueError) as error:
+        raise UsageError('The file of %s can not be read: %s' % (option, error))
+
+
+def _login(arguments: Any) -> Tuple[Dict[str, str], Optional[Dict[str, str]]]:
+    """(headers, who is to be logged in first) of the server's options. Raises UsageError."""
+    key = arguments.apiKey
+    if arguments.apiKey_file:
+        key = _first_line('--apiKey-file', arguments.apiKey_file)
+    user, password, token = arguments.username, arguments.password, arguments.bearerToken
+    if not (key or user or password or token):
+        key = os.environ.get('OCTOPUS_API_KEY')
+    if sum(map(bool, (key, user or password, token))) > 1:
+        raise UsageError('One of --apiKey, --bearerToken and --username is enough')
+    if bool(user) != bool(password):
+        raise UsageError('--username and --password belong together')
+    if not arguments.server:
+        raise UsageError('Which Octopus Server? --server https://HOST expected')
+    if token:
+        return {'Authorization': 'Bearer ' + token}, None
+    if user:
+        return {}, {'Username': user, 'Password': password}
+    if not key:
+        raise UsageError('Who are you there? --apiKey KEY or $OCTOPUS_API_KEY expected')
+    if not key.isascii() or not key.isprintable():
+        raise UsageError('The API key has characters that none has: is it another file?')
+    return {'X-Octopus-ApiKey': key}, None
+
+
+def _octopus_server(arguments: Any, proxy_of: Callable[[str], Optional[Proxy]]) -> OctopusServer:
+    """Raises UsageError, TentacleError."""
+    headers, login = _login(arguments)
+    url = arguments.server if '://' in arguments.server else 'https://' + arguments.server
+    address = _server_address(url, None, 80 if url.lower().startswith('http://') else 443)
+    pinned = arguments.server_thumbprint and parse_thumbprint(arguments.server_thumbprint)
+    if url.lower().startswith('http://'):
+        logger.warning('%s is not encrypted: whoever is on the way can read the API key', url)
+    server = OctopusServer(url, headers, proxy_of(address), pinned, arguments.insecure)
+    if login is not None:
+        server.call('POST', '/api/users/login', login)
+    return server
+
+
+def _all(server: OctopusServer, path: str) -> List[Dict[str, Any]]:
+    """The documents of a list. Raises TentacleError."""
+    found = server.call('GET', path)
+    if not isinstance(found, list) or not all(isinstance(entry, dict) for entry in found):
+        raise TentacleError('%s%s: a list of documents expected' % (server.url, path))
+    if not all(re.match(r'[\w-]+\Z', str(entry.get('Id'))) for entry in found):
+        raise TentacleError('%s%s: a document without an Id came' % (server.url, path))
+    return found
+
+
+def _self_link(server: OctopusServer, entry: Dict[str, Any]) -> str:
+    """The path of a document. Raises TentacleError."""
+    links = entry.get('Links')
+    link = links.get('Self') if isinstance(links, dict) else None
+    if not isinstance(link, str) or not re.match(r'/[^/]', link):
+        raise TentacleError('%s does not say where %s is' % (server.url, entry['Id']))
+    return link
+
+
+def _is_named(entry: Dict[str, Any], name: str, *keys: str) -> bool:
+    wanted = name.strip().lower()
+    return any(str(entry.get(key)).strip().lower() == wanted for key in keys or ('Name',))
+
+
+def _names(entries: Iterable[Dict[str, Any]]) -> str:
+    return ', '.join(str(entry.get('Name')) for entry in entries) or 'none'
+
+
+def _space_path(server: OctopusServer, name: Optional[str]) -> str:
+    """What paths begin with: /api, or /api/Spaces-1. Raises TentacleError."""
+    root = server.call('GET', '/api')
+    links = root.get('Links') if isinstance(root, dict) else None
+    if not isinstance(links, dict):
+        raise TentacleError('%s/api is not that of an Octopus Server' % server.url)
+    has_spaces = any(link.lower().startswith('spaces') for link in links)
+    spaces = _all(server, '/api/spaces/all') if has_spaces else []
+    if not spaces:
+        if name:
+            raise TentacleError('%s has no spaces, so there is none named %s' % (server.url, name))
+        return '/api'
+    for space in spaces:
+        if _is_named(space, name) if name else space.get('IsDefault'):
+            return '/api/%s' % space['Id']
+    if name:
+        raise TentacleError(
+            'There is no space named %s on %s; there are: %s'
+            % (printable(name), server.url, printable(_names(spaces)))
+        )
+    raise TentacleError('%s has no default space: say which, by --space' % server.url)
+
+
+def _ids(server: OctopusServer, path: str, what: str, names: Sequence[str]) -> List[str]:
+    """The ids of entries that names, slugs or ids mean. Raises TentacleError."""
+    entries = _all(server, path) if names else []
+    found = []
+    for name in names:
+        ids = [entry['Id'] for entry in entries if _is_named(entry, name, 'Name', 'Slug', 'Id')]
+        if not ids:
+            raise TentacleError(
+                'There is no %s named %s on %s; there are: %s'
+                % (what, printable(name), server.url, printable(_names(entries)))
+            )
+        found.append(ids[0])
+    return found
+
+
+def _tags(server: OctopusServer, path: str, names: Sequence[str]) -> List[str]:
+    """Tenant tags by their canonical names. Raises TentacleError."""
+    sets = _all(server, path) if names else []
+    known = [str(tag.get('CanonicalTagName')) for entry in sets for tag in entry.get('Tags') or ()]
+    for name in names:
+        if name.lower() not in map(str.lower, known):
+            raise TentacleError(
+                'There is no tenant tag %s on %s; there are: %s'
+                % (printable(name), server.url, printable(', '.join(known) or 'none'))
+            )
+    return [tag for name in names for tag in known if tag.lower() == name.lower()]
+
+
+_REGISTER_OPTIONS = (
+    *_SERVER_OPTIONS,
+    _value('--name', 'Its name there (default: the name of this host)'),
+    _SPACE_OPTION,
+    _value('--policy', 'Name of its machine policy'),
+    _value('--publicHostName', 'Where the server reaches it (default: the host name)', '-h'),
+    _flag('--force', 'Change the one of that name, where there is one'),
+    _value('--comms-style', 'TentaclePassive (default): the server calls it; TentacleActive'),
+    _value('--proxy', 'TentaclePassive: name of the proxy through which the server calls it'),
+    _value('--server-comms-address', 'TentacleActive: what it polls (default: --server)'),
+    _value('--server-comms-port', 'TentacleActive: the port of that (10943)'),
+    _value('--server-subscription-id', 'TentacleActive: the poll://NAME/ to poll for'),
+    _value('--server-web-socket', 'Not spoken by tentacle.py'),
+    _value('--tentacle-comms-port', 'TentaclePassive: the port it is called at, where another'),
+)
+_PARTICIPATIONS = ('Untenanted', 'TenantedOrUntenanted', 'Tenanted')
+
+
+def _thumbprint_of_server(server: OctopusServer) -> str:
+    """Of the certificate with which the server calls listening tentacles. Raises TentacleError."""
+    facts = server.call('GET', '/api/configuration/certificates/certificate-global')
+    try:
+        return parse_thumbprint(str(facts['Thumbprint']))
+    except (KeyError, TypeError, UsageError):
+        raise TentacleError('%s does not say its thumbprint' % server.url)
+
+
+class _Registration:
+    """One `register-with` or `register-worker`, in the order of its steps. Raises TentacleError."""
+
+    def __init__(self, arguments: Any, kind: str, machines: str):
+        self._arguments = arguments
+        self._kind = kind  # what messages say
+        self._machines = machines  # what paths say
+        style = arguments.comms_style or 'TentaclePassive'
+        self._is_active = _style('--comms-style', style) == STYLE_POLLING
+        _no_web_socket(arguments.server_web_socket)
+        if arguments.proxy and self._is_active:
+            raise UsageError('--proxy is for TentaclePassive; for TentacleActive: polling-proxy')
+        _login(arguments)
+        self._address = ''
+        if self._is_active:
+            # A URL that is given for this purpose means its own port; --server that of the web.
+            given = arguments.server_comms_address
+            default = 443 if given and '://' in given else POLLING_PORT
+            host = given or _server_address(arguments.server, str(POLLING_PORT))
+            self._address = _server_address(host, arguments.server_comms_port, default)
+        self._port = arguments.tentacle_comms_port and _number(
+            '--tentacle-comms-port', arguments.tentacle_comms_port, 1, 65535
+        )
+        subscription = arguments.server_subscription_id
+        self._subscription = subscription and parse_subscription(subscription)
+
+    def run(self, details: Callable[[OctopusServer, str], Dict[str, Any]]) -> int:
+        """`details` gives what the document of its kind has besides name and end point."""
+        arguments = self._arguments
+        self._settings = settings = _logged_settings(arguments)
+        self._identity = our_identity(settings)
+        proxy_of: Callable[[str], Optional[Proxy]] = proxy_of_environment
+        if self._is_active:
+            proxy_of = settings.polling_proxy.proxy_of
+        server = _octopus_server(arguments, proxy_of)
+        space = _space_path(server, arguments.space or None)
+        if self._is_active:
+            thumbprint = _server_at(self._address, proxy_of(self._address))
+        else:
+            thumbprint = _thumbprint_of_server(server)
+        name = arguments.name or socket.gethostname()
+        body = self._body(server, space, name, details)
+        self._post(server, space, name, body)
+        style = STYLE_POLLING if self._is_active else STYLE_LISTENING
+        subscription = body['Endpoint']['Uri'] if self._is_active else ''
+        trust_server(settings.path, TrustedServer(thumbprint, style, self._address, subscription))
+        say('Machine registered successfully: %s, %s' % (name, body['Endpoint']['Uri']))
+        say('Trusted is the server with the thumbprint ' + thumbprint)
+        _restart_hint()
+        return 0
+
+    def _body(
+        self,
+        server: OctopusServer,
+        space: str,
+        name: str,
+        details: Callable[[OctopusServer, str], Dict[str, Any]],
+    ) -> Dict[str, Any]:
+        arguments = self._arguments
+        policies = [arguments.policy] if arguments.policy else []
+        (policy,) = _ids(server, space + '/machinepolicies/all', 'machine policy', policies) or [
+            None
+        ]
+        body: Dict[str, Any] = {'Name': name}
+        body.update(details(server, space))
+        body['MachinePolicyId'] = policy
+        if self._is_active:
+            body['Endpoint'] = {
+                'CommunicationStyle': 'TentacleActive',
+                'Uri': self._subscription_to_use(),
+                'Thumbprint': self._identity.thumbprint,
+            }
+            return body
+        proxies = [arguments.proxy] if arguments.proxy else []
+        (proxy,) = _ids(server, space + '/proxies/all', 'proxy', proxies) or [None]
+        host = (arguments.publicHostName or socket.gethostname()).lower()
+        port = self._port or self._settings.port
+        body['Endpoint'] = {
+            'CommunicationStyle': 'TentaclePassive',
+            'Uri': 'https://%s:%d/' % ('[%s]' % host if ':' in host else host, port),
+            'Thumbprint': self._identity.thumbprint,
+            'ProxyId': proxy,
+        }
+        return body
+
+    def _subscription_to_use(self) -> str:
+        """The one that is given, or that polls this address already, or a new one."""
+        known = [
+            entry.subscription
+            for entry in self._settings.polled()
+            if entry.address.rstrip('/') == self._address.rstrip('/') and entry.subscription
+        ]
+        return self._subscription or (known or [new_subscription()])[0]
+
+    def _post(self, server: OctopusServer, space: str, name: str, body: Dict[str, Any]) -> None:
+        """Add the machine, or change the one of this name."""
+        path = '%s/%s' % (space, self._machines)
+        existing = [entry for entry in _all(server, path + '/all') if _is_named(entry, name)]
+        if not existing:
+            server.call('POST', path, body)
+            return
+        if not self._arguments.force:
+            raise TentacleError(
+                'There is a %s named %s already on %s; to change that one: --force'
+                % (self._kind, printable(name), server.url)
+            )
+        changed = {key: value for key, value in body.items() if value is not None}
+        server.call('PUT', _self_link(server, existing[0]), dict(existing[0], **changed))
+
+
+@_original(
+    'register-with',
+    'Register this machine as a deployment target of an Octopus Server, and trust that',
+    *_REGISTER_OPTIONS,
+    _option(
+        '--environment',
+        '--env',
+        metavar='VALUE',
+        action='append',
+        default=[],
+        help='Name of an environment it is for; may be repeated',
+    ),
+    _option(
+        '--role',
+        '-r',
+        metavar='VALUE',
+        action='append',
+        default=[],
+        help='A role (target tag) it has; may be repeated',
+    ),
+    _list('--tenant', 'Name of a tenant it is for; may be repeated'),
+    _list('--tenanttag', 'Set/tag of tenants it is for; may be repeated'),
+    _value(
+        '--tenanted-deployment-participation',
+        'Untenanted (default), TenantedOrUntenanted or Tenanted',
+    ),
+)
+def _register_with(arguments: Any) -> int:
+    if not arguments.environment:
+        raise UsageError('For which environment is it? --environment NAME expected')
+    if not arguments.role:
+        raise UsageError('Which role has it? --role NAME expected')
+    given = (arguments.tenanted_deployment_participation or _PARTICIPATIONS[0]).lower()
+    participation = {known.lower(): known for known in _PARTICIPATIONS}.get(given)
+    if participation is None:
+        raise UsageError(
+            '--tenanted-deployment-participation %s: %s expected'
+            % (printable(given), ', '.join(_PARTICIPATIONS))
+        )
+
+    def details(server: OctopusServer, space: str) -> Dict[str, Any]:
+        environments = space + '/environments/all'
+        return {
+            'EnvironmentIds': _ids(server, environments, 'environment', arguments.environment),
+            'Roles': arguments.role,
+            'TenantIds': _ids(server, space + '/tenants/all', 'tenant', arguments.tenant),
+            'TenantTags': _tags(server, space + '/tagsets/all', arguments.tenanttag),
+            'TenantedDeploymentParticipation': participation,
+        }
+
+    return _Registration(arguments, 'deployment target', 'machines').run(details)
+
+
+@_original(
+    'register-worker',
+    'Register this machine as a worker of an Octopus Server, and trust that',
+    *_REGISTER_OPTIONS,
+    _list('--workerpool', 'Name of a worker pool it joins; may be repeated'),
+)
+def _register_worker(arguments: Any) -> int:
+    if not arguments.workerpool:
+        raise UsageError('Which pool does it join? --workerpool NAME expected')
+
+    def details(server: OctopusServer, space: str) -> Dict[str, Any]:
+        pools = space + '/workerpools/all'
+        return {'WorkerPoolIds': _ids(server, pools, 'worker pool', arguments.workerpool)}
+
+    code = _Registration(arguments, 'worker', 'workers').run(details)
+    # A worker has many calls at once; who has set a count, keeps it.
+    count = str(max(5, os.cpu_count() or 1))
+    change_settings(
+        _settings_path(arguments),
+        lambda values: values.update(
+            {KEY_POLLING_CONNECTIONS: values.get(KEY_POLLING_CONNECTIONS) or count}
+        ),
+    )
+    return code
+
+
+def _deregister(arguments: Any, kind: str, machines: str) -> int:
+    _login(arguments)
+    settings = _logged_settings(arguments)
+    thumbprint = our_identity(settings).thumbprint
+    proxy_of = settings.polling_proxy.proxy_of if settings.polled() else proxy_of_environment
+    server = _octopus_server(arguments, proxy_of)
+    path = '%s/%s/all' % (_space_path(server, arguments.space or None), machines)
+    ours = []
+    for entry in _all(server, path):
+        shown = str(entry.get('Thumbprint') or (entry.get('Endpoint') or {}).get('Thumbprint'))
+        if shown.upper() == thumbprint:
+            ours.append(entry)
+    if not ours:
+        raise TentacleError('No %s on %s has our thumbprint %s' % (kind, server.url, thumbprint))
+    if len(ours) > 1 and not arguments.multiple:
+        raise TentacleError(
+            'Several on %s have our thumbprint: %s; to remove all of them: --multiple'
+            % (server.url, printable(_names(ours)))
+        )
+    for entry in ours:
+        server.call('DELETE', _self_link(server, entry))
+        say("Removed from the server: %s '%s'" % (kind, printable(entry.get('Name'))))
+    say('The server is still trusted; to end that: configure --remove-trust THUMBPRINT')
+    return 0
+
+
+_DEREGISTER_OPTIONS = (
+    *_SERVER_OPTIONS,
+    _SPACE_OPTION,
+    _option('--multiple', '-m', action='store_true', help='All that have our thumbprint'),
+)
+
+
+@_original(
+    'deregister-from', 'Remove this machine from the targets of a server', *_DEREGISTER_OPTIONS
+)
+def _deregister_from(arguments: Any) -> int:
+    return _deregister(arguments, 'deployment target', 'machines')
+
+
+@_original(
+    'deregister-worker', 'Remove this machine from the workers of a server', *_DEREGISTER_OPTIONS
+)
+def _deregister_worker(arguments: Any) -> int:
+    return _deregister(arguments, 'worker', 'workers')
+
+
+@_original(
+    'poll-server',
+    'Poll one more node of a server with which this machine is registered',
+    *_SERVER_OPTIONS,
+    _value('--server-comms-address', 'What is polled (default: --server)'),
+    _value('--server-comms-port', 'The port of that (10943)'),
+    _flag('--reuse-server-thumbprint', 'It has the thumbprint of the server that is trusted first'),
+    _value('--server-web-socket', 'Not spoken by tentacle.py'),
+)
+def _poll_server(arguments: Any) -> int:
+    _no_web_socket(arguments.server_web_socket)
+    if arguments.reuse_server_thumbprint:
+        if not arguments.server:
+            raise UsageError('Which Octopus Server? --server https://HOST expected')
+    else:
+        _login(arguments)
+    given = arguments.server_comms_address
+    default = 443 if given and '://' in given else POLLING_PORT
+    host = given or _server_address(arguments.server, str(POLLING_PORT))
+    address = _server_address(host, arguments.server_comms_port, default)
+    settings = _logged_settings(arguments)
+    proxy_of = settings.polling_proxy.proxy_of
+    if not arguments.reuse_server_thumbprint:
+        thumbprint = _thumbprint_of_server(_octopus_server(arguments, proxy_of))
+    elif settings.trusted:
+        thumbprint = settings.trusted[0]
+    else:
+        raise TentacleError('No server is trusted yet, so there is no thumbprint to reuse')
+    seen = _server_at(address, proxy_of(address))
+    if seen != thumbprint:
+        raise UntrustedThumbprint(
+            '%s shows the thumbprint %s, and the server has %s' % (address, seen, thumbprint), seen
+        )
+    known = [entry.subscription for entry in settings.polled() if entry.thumbprint == thumbprint]
+    subscription = ([entry for entry in known if entry] or [new_subscription()])[0]
+    trust_server(settings.path, TrustedServer(thumbprint, STYLE_POLLING, address, subscription))
+    say('%s is polled for %s' % (address, subscription))
+    _restart_hint()
+    return 0
+
+
+# -- setup
+
+
+class _Question(NamedTuple):
+    """One of `setup`, which is also its option --NAME."""
+
+    name: str
+    text: str
+    default: Callable[[Any], str]  # of the answers so far
+    is_asked: Callable[[Any], bool]
+    is_needed: bool = False
+
+
+def _is_polling(answers: Any) -> bool:
+    return answers.style == 'polling'
+
+
+def _has_server(answers: Any) -> bool:
+    return bool(answers.server)
+
+
+def _is_worker(answers: Any) -> bool:
+    return answers.kind == 'worker'
+
+
+_QUESTIONS = (
+    _Question(
+        'instance', 'Name of the instance', lambda answers: DEFAULT_INSTANCE, lambda answers: True
+    ),
+    _Question(
+        'style',
+        'Listening or polling',
+        lambda answers: 'listening',
+        lambda answers: True,
+    ),
+    _Question(
+        'directory',
+        'Directory of its settings and logs',
+        lambda answers: '/etc/octopus' if os.geteuid() == 0 else os.path.expanduser('~/.tentacle'),
+        lambda answers: True,
+    ),
+    _Question(
+        'app',
+        'Directory that applications are deployed to',
+        lambda answers: (
+            '/home/Octopus/Applications'
+            if os.geteuid() == 0
+            else os.path.join(answers.directory, 'Applications')
+        ),
+        lambda answers: True,
+    ),
+    _Question(
+        'port',
+        'Port to listen on',
+        lambda answers: str(LISTENING_PORT),
+        lambda answers: not _is_polling(answers),
+    ),
+    _Question(
+        'server',
+        'URL of the Octopus Server (listening: empty = only trust a thumbprint)',
+        lambda answers: '',
+        lambda answers: True,
+    ),
+    _Question(
+        'thumbprint',
+        'Thumbprint of the Octopus Server',
+        lambda answers: '',
+        lambda answers: not _has_server(answers),
+        True,
+    ),
+    _Question(
+        'proxy',
+        "HTTP proxy to the server, as http://HOST:PORT (empty = the environment's)",
+        lambda answers: '',
+        _is_polling,
+    ),
+    _Question(
+        'key',
+        'API key there (not shown)',
+        lambda answers: os.environ.get('OCTOPUS_API_KEY', ''),
+        _has_server,
+        True,
+    ),
+    _Question('space', 'Space (empty = the default one)', lambda answers: '', _has_server),
+    _Question(
+        'name', 'Name of this machine there', lambda answers: socket.gethostname(), _has_server
+    ),
+    _Question('kind', 'Deployment target or worker', lambda answers: 'target', _has_server),
+    _Question(
+        'environments',
+        'Environments, with commas',
+        lambda answers: '',
+        lambda answers: _has_server(answers) and not _is_worker(answers),
+        True,
+    ),
+    _Question(
+        'roles',
+        'Roles, with commas',
+        lambda answers: '',
+        lambda answers: _has_server(answers) and not _is_worker(answers),
+        True,
+    ),
+    _Question(
+        'pools',
+        'Worker pools, with commas',
+        lambda answers: '',
+        lambda answers: _has_server(answers) and _is_worker(answers),
+        True,
+    ),
+)
+_CHOICES = {'style': ('listening', 'polling'), 'kind': ('target', 'worker')}
+
+
+def _checked_answer(question: _Question, text: str, answers: Any) -> str:
+    """Raises UsageError."""
+    text = text.strip()
+    choices = _CHOICES.get(question.name)
+    if choices:
+        chosen = [choice for choice in choices if text and choice.startswith(text.lower())]
+        if text in ('1', '2'):
+            chosen = [choices[int(text) - 1]]
+        if not chosen:
+            raise UsageError('%s or %s expected' % choices)
+        return chosen[0]
+    is_needed = question.is_needed or question.name == 'server' and _is_polling(answers)
+    if is_needed and not text.strip(' ,'):
+        raise UsageError('%s is needed' % question.text)
+    if text and question.name == 'thumbprint':
+        return parse_thumbprint(text)
+    if text and question.name == 'port':
+        return str(_port(text))
+    if text and question.name == 'proxy':
+        parse_proxy(text)
+    if text and question.name == 'server':
+        _server_address(text, None)
+    if question.name in ('directory', 'app'):
+        return os.path.abspath(os.path.expanduser(text))
+    return text
+
+
+def _ask(question: _Question, answers: Any) -> str:
+    """A person's answer, or the default; asked again until it is one. Raises UsageError at the end
+    of the input.
+    """
+    import getpass
+
+    default = question.default(answers)
+    is_secret = question.name == 'key'
+    shown = ' (%s)' % ('as in $OCTOPUS_API_KEY' if is_secret else default) if default else ''
+    while True:
+        prompt = '%s%s: ' % (question.text, shown)
+        if is_secret and sys.stdin.isatty():
+            line = getpass.getpass(prompt)
+        else:
+            print(prompt, end='', file=sys.stderr, flush=True)
+            line = sys.stdin.readline()
+            if not line:
+                raise UsageError('The answers ended at: %s' % question.text)
+        try:
+            return _checked_answer(question, line.strip() or default, answers)
+        except UsageError as error:
+            _complain(str(error))
+
+
+def _answers(arguments: Any) -> Any:
+    """The arguments, with what was missing asked for. Raises UsageError."""
+    if arguments.key_file:
+        arguments.key = _first_line('--key-file', arguments.key_file)
+    for question in _QUESTIONS:
+        given = getattr(arguments, question.name)
+        if not question.is_asked(arguments):
+            setattr(arguments, question.name, '')
+        elif given is not None:
+            setattr(arguments, question.name, _checked_answer(question, given, arguments))
+        elif arguments.yes:
+            try:
+                answer = _checked_answer(question, question.default(arguments), arguments)
+            except UsageError as error:
+                raise UsageError('%s: --%s' % (error, question.name))
+            setattr(arguments, question.name, answer)
+        else:
+            setattr(arguments, question.name, _ask(question, arguments))
+    return arguments
+
+
+def _setup_commands(answers: Any) -> List[List[str]]:
+    """The original's commands that the answers stand for; the API key is in the environment."""
+    instance = ['--instance', answers.instance]
+    file_name = 'tentacle-%s.config' % re.sub(r'[^\w.-]+', '-', answers.instance).lower()
+    folder = os.path.join(answers.directory, file_name[len('tentacle-') : -len('.config')])
+    commands = [
+        ['create-instance', *instance, '--config', os.path.join(folder, file_name)],
+        ['new-certificate', *instance, '--if-blank'],
+    ]
+    listens = ['--noListen', 'True']
+    if not _is_polling(answers):
+        listens = ['--port', answers.port, '--noListen', 'False']
+    commands.append(['configure', *instance, '--app', answers.app, *listens])
+    if answers.thumbprint:
+        commands.append(['configure', *instance, '--trust', answers.thumbprint])
+    if answers.proxy:
+        proxy = parse_proxy(answers.proxy)
+        words = ['polling-proxy', *instance, '--proxyEnable', 'True', '--proxyHost', proxy.host]
+        words += ['--proxyPort', str(proxy.port)]
+        if proxy.user:
+            words += ['--proxyUsername', proxy.user, '--proxyPassword', proxy.password[:]]
+        commands.append(words)
+    if answers.server:
+        words = ['register-with', *instance, '--server', answers.server, '--name', answers.name]
+        if answers.space:
+            words += ['--space', answers.space]
+        listed = [('--environment', answers.environments), ('--role', answers.roles)]
+        if _is_worker(answers):
+            words[0] = 'register-worker'
+            listed = [('--workerpool', answers.pools)]
+        for option, texts in listed:
+            for text in filter(None, map(str.strip, texts.split(','))):
+                words += [option, text]
+        words += ['--comms-style', 'TentacleActive' if _is_polling(answers) else 'TentaclePassive']
+        words += ['--force'] * answers.force
+        if answers.server_thumbprint:
+            words += ['--server-thumbprint', answers.server_thumbprint]
+        words += ['--insecure'] * answers.insecure
+        if answers.server_comms_port:
+            words += ['--server-comms-port', answers.server_comms_port]
+        commands.append(words)
+    if not answers.no_service:
+        commands.append(['service', *instance, '--install', '--start'])
+    return commands
+
+
+def _prove(settings: Settings) -> int:
+    """Whether the other side can be reached, or who it is that can reach us."""
+    identity = our_identity(settings)
+    code = 0
+    for server in settings.polled():
+        try:
+            proxy = settings.polling_proxy.proxy_of(server.address)
+            endpoint = ServiceEndPoint(parse_target_uri(server.address), server.thumbprint, proxy)
+            connect(endpoint, identity, LIMITS, [server.thumbprint]).close()
+            say('Reached: %s, and it shows the thumbprint that we trust' % server.address)
+        except TentacleError as error:
+            _complain('The server can not be reached: %s' % error)
+            code = 1
+    if settings.no_listen:
+        return code
+    try:
+        stream = dial_tls('https://localhost:%d/' % settings.port, identity)
+        stream.close()
+        say('It listens on port %d, with the thumbprint %s' % (settings.port, stream.thumbprint))
+    except TentacleError as error:
+        _complain('Nothing listens on port %d yet: %s' % (settings.port, error))
+        code = 1
+    return code
+
+
+@_command(
+    'setup',
+    'ask what is needed to set a tentacle up with an Octopus Server, and do it',
+    'tentacle.py setup\n  tentacle.py setup --yes --style listening '
+    '--thumbprint 6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
+    *[_option('--' + question.name, metavar='TEXT', help=question.text) for question in _QUESTIONS],
+    _option('--key-file', metavar='FILE', help='The API key is the first line of this file'),
+    _option('--server-comms-port', metavar='N', help='Port to poll (10943)'),
+    _option(
+        '--server-thumbprint', metavar='THUMBPRINT', help="Of the server's own web certificate"
+    ),
+    _option('--insecure', action='store_true', help="Do not check the server's web certificate"),
+    _option('--force', action='store_true', help='Change the machine of that name on the server'),
+    _option('--no-service', action='store_true', help='Install no systemd service'),
+    _option('--yes', action='store_true', help='Ask nothing: take the options and the defaults'),
+)
+def _setup(arguments: Any) -> int:
+    import shlex
+    import shutil
+    import subprocess
+
+    answers = _answers(arguments)
+    if shutil.which('systemctl') is None and not answers.no_service:
+        _complain('There is no systemd here, so no service is installed')
+        answers.no_service = True
+    environment = dict(os.environ, OCTOPUS_API_KEY=answers.key or '')
+    for words in _setup_commands(answers):
+        shown = [shlex.quote(word) for word in words]
+        key = 'OCTOPUS_API_KEY=*** ' if words[0].startswith('register') else ''
+        say('$ %stentacle.py %s' % (key, _shown_words(shown)))
+        command = [sys.executable, os.path.abspath(__file__)] + words
+        if subprocess.call(command, env=environment) != 0:
+            raise TentacleError(
+                'That failed, and what comes after it was not done. Mend it, and run setup again: '
+                'what was done stays as it is'
+            )
+    settings = read_settings(find_instance(answers.instance).settings_path)
+    if answers.no_service:
+        agent = ['python3', os.path.abspath(__file__), 'agent', '--instance', answers.instance]
+        say('To start it: ' + ' '.join(map(shlex.quote, agent)))
+        if not settings.polled():
+            return 0
+    return _prove(settings)
 
 
 class _DemoProxy:
@@ -11252,6 +12375,10 @@ def _all_options(command: Command) -> List[Any]:
     return options + [option for option in further if option[0][0] not in known]
 
 
+def _long_name(names: Sequence[str]) -> str:
+    return next(name for name in names if name.startswith('--'))
+
+
 def _original_form(options: Iterable[Any], words: Iterable[str]) -> Tuple[List[str], List[str]]:
     """(options as argparse takes them, words that are none of these options) of words in any of
     the original's forms. Raises UsageError.
@@ -11259,7 +12386,8 @@ def _original_form(options: Iterable[Any], words: Iterable[str]) -> Tuple[List[s
     known = {}
     for names, settings in options:
         for name in names:
-            known[name.lstrip('-').lower()] = names[-1], settings.get('action') == 'store_true'
+            is_flag = settings.get('action') == 'store_true'
+            known[name.lstrip('-').lower()] = _long_name(names), is_flag
     taken, unknown = [], []
     rest = iter(words)
     for word in rest:
@@ -11282,7 +12410,7 @@ def _original_form(options: Iterable[Any], words: Iterable[str]) -> Tuple[List[s
 def _option_lines(options: Iterable[Any]) -> Iterator[str]:
     """As the original lays them out: names up to column 29, then the words in 49 columns."""
     for names, settings in options:
-        shown = ', '.join(names)
+        shown = ', '.join(sorted(names, key=len))
         shown = shown + ('=VALUE' if 'metavar' in settings else '')
         lead = '  ' if re.match('-[a-z],', shown) else '      '
         line, text = (lead + shown).ljust(29), settings['help']
@@ -11304,7 +12432,7 @@ def _show_help(command: Command, arguments: Any) -> int:
     if getattr(arguments, 'format', None) == 'json':
         described = [
             [
-                {'Name': names[-1].lstrip('-'), 'Description': settings['help']}
+                {'Name': _long_name(names).lstrip('-'), 'Description': settings['help']}
                 for names, settings in o
             ]
             for o in (own, [_HELP_OPTION])
