@@ -7631,6 +7631,7 @@ class Settings(NamedTuple):
     subscription: str  # poll://.../ of `poll`; '' = not made yet
     job_days: int  # how long `serve` keeps a job that is over
     job_count: int  # and how many
+    values: Mapping[str, str]  # the keys and texts of the file
 
     @property
     def trusted(self) -> Tuple[str, ...]:
@@ -7848,6 +7849,7 @@ def read_settings(path: str) -> Settings:
         values.get(KEY_SUBSCRIPTION, ''),
         number(KEY_JOB_DAYS, 30, 0, 10**9 - 1),
         number(KEY_JOB_COUNT, 10000, 0, 10**9 - 1),
+        values,
     )
 
 
@@ -8882,12 +8884,10 @@ class _SettingsWatch:
     who are trusted no more, and says what counts after a restart alone.
     """
 
-    def __init__(
-        self, settings: Settings, trusted: TrustedThumbprints, drop_untrusted: Callable[[], None]
-    ):
+    def __init__(self, trusted: TrustedThumbprints, drop_untrusted: Callable[[], None]):
         self._trusted = trusted
         self._drop_untrusted = drop_untrusted
-        self._known = settings
+        self._known = trusted.settings()
         self._stopped = threading.Event()
         start_thread('settings', self._run)
 
@@ -8900,20 +8900,20 @@ class _SettingsWatch:
                 logger.info('Trusted from now on: %s; no more: %s', added or '-', removed or '-')
                 pinned = now
                 self._drop_untrusted()
-            self._compare(self._trusted.settings())
+            before, self._known = self._known, self._trusted.settings()
+            if self._known is not before:
+                self._tell(before, self._known)
 
-    def _compare(self, now: Settings) -> None:
-        if now is self._known:
-            return
-        before, self._known = self._known, now
-        names = [name for name in Settings._fields if getattr(now, name) != getattr(before, name)]
-        if 'servers' in names:
-            names.remove('servers')
-            if now.polled() != before.polled():
-                names.append('servers to poll')
-        if names:
-            text = ', '.join(names).replace('_', ' ')
-            logger.warning('The settings have changed: %s. It counts from the next start on', text)
+    def _tell(self, before: Settings, now: Settings) -> None:
+        old, new = dict(before.values), dict(now.values)
+        if before.polled() == now.polled():
+            old[KEY_TRUSTED] = new[KEY_TRUSTED] = ''
+        changed = [key for key in {**old, **new} if old.get(key, '') != new.get(key, '')]
+        if changed:
+            logger.warning(
+                'The settings have changed, and a restart takes that over: %s',
+                printable(', '.join(sorted(changed)), 2000),
+            )
 
     def stop(self) -> None:
         self._stopped.set()
@@ -8930,7 +8930,6 @@ def _notify(state: str) -> None:
 
 
 def _stay(
-    settings: Settings,
     services: AgentServices,
     trusted: TrustedThumbprints,
     listener: Optional[ListeningTentacle],
@@ -8939,6 +8938,12 @@ def _stay(
     """Be a tentacle until SIGTERM or Ctrl-C; SIGHUP has the pollers dial at once."""
     agents = ([listener] if listener is not None else []) + list(pollers)
     signals = SignalWaiter(*{*_stop_signals(), *([signal.SIGHUP] if pollers else [])})
+
+    def drop_untrusted() -> None:
+        for agent in agents:
+            agent.drop_untrusted()
+
+    watch = _SettingsWatch(trusted, drop_untrusted)
     services.start()
     if listener is not None:
         _start_listening(listener)
@@ -8946,12 +8951,6 @@ def _stay(
         say('Starting %d polling connections' % sum(len(agent.servers) for agent in pollers))
     for agent in pollers:
         agent.start()
-
-    def drop_untrusted() -> None:
-        for agent in agents:
-            agent.drop_untrusted()
-
-    watch = _SettingsWatch(settings, trusted, drop_untrusted)
     _notify('READY=1')
     number = signals.wait()
     while number == signal.SIGHUP and pollers:
@@ -8989,7 +8988,7 @@ def _listen(arguments: Any) -> int:
     services = _agent_services(arguments, settings)
     agent = _listener(arguments, settings, services, identity, trusted, port)
     _say_trusted(arguments, identity, trusted)
-    return _stay(settings, services, trusted, agent, [])
+    return _stay(services, trusted, agent, [])
 
 
 _BUSY = 75  # EX_TEMPFAIL: another one of the same home is still at it
@@ -9158,7 +9157,7 @@ def _poll(arguments: Any) -> int:
             )
         if arguments.once:
             return _poll_once(agents, services, max_time)
-        return _stay(settings, services, trusted, listener, agents)
+        return _stay(services, trusted, listener, agents)
 
 
 @_original(
@@ -9199,7 +9198,7 @@ def _agent(arguments: Any) -> int:
         )
         if listener is None:
             say('Agent will not listen on any TCP ports')
-        return _stay(settings, services, trusted, listener, agents)
+        return _stay(services, trusted, listener, agents)
 
 
 def _allow_many_descriptors() -> None:
@@ -10463,6 +10462,8 @@ def _export_certificate(arguments: Any) -> int:
     import tempfile
 
     path = arguments.export_pfx or arguments.export_file
+    if not os.path.isdir(os.path.dirname(os.path.abspath(path))):
+        raise UsageError('%s can not be written: there is no such folder' % printable(path))
     with tempfile.TemporaryDirectory() as folder:
         identity = create_identity(os.path.join(folder, CERTIFICATE_NAME))
         content = pfx_of_identity(identity, arguments.pfx_password or '')
@@ -10723,7 +10724,7 @@ def _server_address(text: str, port: Optional[str], default_port: int = POLLING_
         known_port = parts.port
     except ValueError:
         raise UsageError('%s has no port that is one' % printable(text))
-    if parts.scheme not in ('http', 'https') or not parts.hostname:
+    if parts.scheme not in ('http', 'https') or not parts.hostname or parts.path.strip('/'):
         raise UsageError('%s is no server: a host or https://HOST:PORT/ expected' % printable(text))
     host = '[%s]' % parts.hostname if ':' in parts.hostname else parts.hostname
     chosen = _number('The port', port, 1, 65535) if port else known_port or default_port
@@ -10764,15 +10765,12 @@ def _server_comms(arguments: Any) -> int:
     wanted = wanted or settings.trusted[0]
     if wanted not in settings.trusted:
         raise TentacleError('%s is not trusted: first configure --trust %s' % (wanted, wanted))
-    known = [server for server in settings.servers if server.thumbprint == wanted][0]
-    subscription = known.subscription or new_subscription() if address else ''
-    changed = TrustedServer(wanted, style, address, subscription).to_document()
-
-    def change(servers: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
-        position = [_has_thumbprint(server, [wanted]) for server in servers].index(True)
-        return servers[:position] + [dict(servers[position], **changed)] + servers[position + 1 :]
-
-    change_servers(settings.path, change)
+    known = [server.subscription for server in settings.servers if server.thumbprint == wanted]
+    subscription = ([text for text in known if text] or [new_subscription()])[0]
+    if not address:  # it is polled nowhere any more
+        change_trust(settings.path, remove=[wanted])
+        subscription = ''
+    trust_server(settings.path, TrustedServer(wanted, style, address, subscription))
     if address:
         say('%s is polled at %s for %s' % (wanted, address, subscription))
     else:
@@ -11026,9 +11024,14 @@ class _Service:
             with contextlib.suppress(FileNotFoundError):
                 os.chown(path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
 
-    def uninstall(self) -> None:
+    def _require_unit(self) -> None:
         if not os.path.exists(self._path):
-            raise TentacleError('There is no service %s: %s expected' % (self.name, self._path))
+            raise TentacleError(
+                'There is no service %s yet: service --install makes %s' % (self.name, self._path)
+            )
+
+    def uninstall(self) -> None:
+        self._require_unit()
         with contextlib.suppress(TentacleError):
             self.systemctl('stop', self.name)
         self.systemctl('disable', self.name)
@@ -11040,15 +11043,18 @@ class _Service:
         say('Service uninstalled: ' + self.name)
 
     def start(self) -> None:
+        self._require_unit()
         self.systemctl('start', self.name)
         say('Service started: ' + self.name)
 
     def stop(self) -> None:
+        self._require_unit()
         say('Stopping service: ' + self.name)
         self.systemctl('stop', self.name)
         say('Service stopped: ' + self.name)
 
     def restart(self) -> None:
+        self._require_unit()
         say('Restarting service: ' + self.name)
         self.systemctl('restart', self.name)
         say('Service has been restarted: ' + self.name)
@@ -11143,19 +11149,9 @@ class OctopusServer:
             def redirect_request(self, *arguments: Any) -> None:
                 """The API key is for the host that was named, and nobody else."""
 
-        proxies = {}
-        if self._proxy is not None:
-            from urllib.parse import quote
-
-            login = ''
-            if self._proxy.user:
-                password = quote(self._proxy.password[:], safe='')
-                login = '%s:%s@' % (quote(self._proxy.user, safe=''), password)
-            address = 'http://%s%s' % (login, self._proxy)
-            proxies = {'http': address, 'https': address}
         self._cookies = http.cookiejar.CookieJar()
         opener = urllib.request.build_opener(
-            urllib.request.ProxyHandler(proxies),
+            urllib.request.ProxyHandler({}),  # not those of the environment
             urllib.request.HTTPCookieProcessor(self._cookies),
             Handler(),
             NoRedirection(),
@@ -11167,6 +11163,7 @@ class OctopusServer:
         """The answer's JSON, None where it has none; `path` from the server's root, or from the
         URL that it was named by where it begins with /api.
         """
+        import http.client
         import urllib.error
         import urllib.request
         from urllib.parse import urljoin
@@ -11180,6 +11177,12 @@ class OctopusServer:
             if cookie.name.startswith('Octopus-Csrf-Token'):
                 headers['X-Octopus-Csrf-Token'] = cookie.value or ''
         request = urllib.request.Request(url, data, headers, method=method)
+        if self._proxy is not None:
+            request.set_proxy(str(self._proxy), 'http')
+            if self._proxy.user:
+                login = '%s:%s' % (self._proxy.user, self._proxy.password[:])
+                token = base64.b64encode(login.encode()).decode()
+                request.add_header('Proxy-Authorization', 'Basic ' + token)
         try:
             with self._opener.open(request, timeout=_REST_SECONDS) as answer:
                 content = answer.read(_REST_BYTES + 1)
@@ -11188,7 +11191,7 @@ class OctopusServer:
                 raise self._refused(method, url, error, error.read(1 << 20))
         except TentacleError:
             raise
-        except (OSError, ValueError) as error:
+        except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._not_reached(getattr(error, 'reason', error))
         if len(content) > _REST_BYTES:
             raise TentacleError('%s answers with more than %d bytes' % (url, _REST_BYTES))
@@ -11223,11 +11226,13 @@ class OctopusServer:
                 'own, say so: --server-thumbprint %s; or --insecure for none of these checks'
                 % (self.url, reason.verify_message, self.seen_thumbprint() or 'THUMBPRINT')
             )
-        return TentacleError('%s can not be reached: %s' % (self.url, printable(reason)))
+        way = ' through the proxy %s' % str(self._proxy) if self._proxy is not None else ''
+        return TentacleError('%s can not be reached%s: %s' % (self.url, way, printable(reason)))
 
     def seen_thumbprint(self) -> Optional[str]:
         """The thumbprint of the certificate that the server shows, whoever it is."""
-        uri = _server_address(self.url, None, 443)
+        uri = re.match(r'https?://[^/?#]+', self.url, re.I).group()  # type: ignore[union-attr]
+        uri = parse_target_uri(uri.replace('http://', 'https://'), 443)
         with contextlib.suppress(TentacleError):
             stream = dial_tls(uri, None, proxy=self._proxy)
             stream.close()
@@ -11307,15 +11312,31 @@ def _login(arguments: Any) -> Tuple[Dict[str, str], Optional[Dict[str, str]]]:
     return {'X-Octopus-ApiKey': key}, None
 
 
+def _host_of_url(url: str, port: int) -> str:
+    """`https://host:port/` of the URL of a web site, whose path is of no interest. Raises
+    UsageError.
+    """
+    match = re.match(r'https?://[^/?#]+', url, re.I)
+    if not match:
+        raise UsageError('--server %s: https://HOST expected' % printable(url))
+    return _server_address(match.group(), None, port)
+
+
+def _comms_host(url: str) -> str:
+    """Where tentacles poll, of the URL of a web site. Raises UsageError."""
+    address = _host_of_url(url if '://' in url else 'https://' + url, 443)
+    return 'https://%s:%d/' % (address[len('https://') :].rpartition(':')[0], POLLING_PORT)
+
+
 def _octopus_server(arguments: Any, proxy_of: Callable[[str], Optional[Proxy]]) -> OctopusServer:
     """Raises UsageError, TentacleError."""
     headers, login = _login(arguments)
     url = arguments.server if '://' in arguments.server else 'https://' + arguments.server
-    address = _server_address(url, None, 80 if url.lower().startswith('http://') else 443)
     pinned = arguments.server_thumbprint and parse_thumbprint(arguments.server_thumbprint)
     if url.lower().startswith('http://'):
-        logger.warning('%s is not encrypted: whoever is on the way can read the API key', url)
-    server = OctopusServer(url, headers, proxy_of(address), pinned, arguments.insecure)
+        logger.info('%s is not encrypted: whoever is on the way can read the API key', url)
+    proxy = proxy_of(_host_of_url(url, 443))
+    server = OctopusServer(url, headers, proxy, pinned, arguments.insecure)
     if login is not None:
         server.call('POST', '/api/users/login', login)
     return server
@@ -11375,16 +11396,17 @@ def _space_path(server: OctopusServer, name: Optional[str]) -> str:
 def _ids(server: OctopusServer, path: str, what: str, names: Sequence[str]) -> List[str]:
     """The ids of entries that names, slugs or ids mean. Raises TentacleError."""
     entries = _all(server, path) if names else []
-    found = []
-    for name in names:
-        ids = [entry['Id'] for entry in entries if _is_named(entry, name, 'Name', 'Slug', 'Id')]
-        if not ids:
-            raise TentacleError(
-                'There is no %s named %s on %s; there are: %s'
-                % (what, printable(name), server.url, printable(_names(entries)))
-            )
-        found.append(ids[0])
-    return found
+    found = {
+        name: [entry['Id'] for entry in entries if _is_named(entry, name, 'Name', 'Slug', 'Id')]
+        for name in names
+    }
+    missing = [name for name, ids in found.items() if not ids]
+    if missing:
+        raise TentacleError(
+            'There is no %s named %s on %s; there are: %s'
+            % (what, printable(', '.join(missing)), server.url, printable(_names(entries)))
+        )
+    return [ids[0] for ids in found.values()]
 
 
 def _tags(server: OctopusServer, path: str, names: Sequence[str]) -> List[str]:
@@ -11445,7 +11467,7 @@ class _Registration:
             # A URL that is given for this purpose means its own port; --server that of the web.
             given = arguments.server_comms_address
             default = 443 if given and '://' in given else POLLING_PORT
-            host = given or _server_address(arguments.server, str(POLLING_PORT))
+            host = given or _comms_host(arguments.server)
             self._address = _server_address(host, arguments.server_comms_port, default)
         self._port = arguments.tentacle_comms_port and _number(
             '--tentacle-comms-port', arguments.tentacle_comms_port, 1, 65535
@@ -11681,7 +11703,7 @@ def _poll_server(arguments: Any) -> int:
         _login(arguments)
     given = arguments.server_comms_address
     default = 443 if given and '://' in given else POLLING_PORT
-    host = given or _server_address(arguments.server, str(POLLING_PORT))
+    host = given or _comms_host(arguments.server)
     address = _server_address(host, arguments.server_comms_port, default)
     settings = _logged_settings(arguments)
     proxy_of = settings.polling_proxy.proxy_of
@@ -11691,6 +11713,11 @@ def _poll_server(arguments: Any) -> int:
         thumbprint = settings.trusted[0]
     else:
         raise TentacleError('No server is trusted yet, so there is no thumbprint to reuse')
+    if thumbprint not in settings.trusted:
+        raise TentacleError(
+            'The server with the thumbprint %s is not trusted: first register-with, or '
+            'configure --trust %s' % (thumbprint, thumbprint)
+        )
     seen = _server_at(address, proxy_of(address))
     if seen != thumbprint:
         raise UntrustedThumbprint(
@@ -12514,6 +12541,20 @@ def _version(arguments: Any) -> int:
     return 0
 
 
+@contextlib.contextmanager
+def _own_handlers() -> Iterator[None]:
+    """What is added to our loggers within goes at its end."""
+    loggers = (logger, told_logger, audit_logger)
+    before = [handler for target in loggers for handler in target.handlers]
+    try:
+        yield
+    finally:
+        for target in loggers:
+            for handler in set(target.handlers).difference(before):
+                target.removeHandler(handler)
+                handler.close()
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line; the exit code. Nothing but a bug comes out as a traceback."""
     if os.name != 'posix':
@@ -12540,9 +12581,9 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if command is None:
         return _no_command(words)
     try:
-        if not command.is_original:
-            return _run_ours(command, words)
-        return _run_original(command, words)
+        with _own_handlers():
+            run = _run_original if command.is_original else _run_ours
+            return run(command, words)
     except TentacleError as error:
         _complain(str(error))
         return 1 if command.is_original else error.exit_code
