@@ -611,9 +611,10 @@ def pem(label: str, der: bytes) -> str:
     return '-----BEGIN %s-----\n%s\n-----END %s-----\n' % (label, '\n'.join(lines), label)
 
 
-def write_private(path: str, data: bytes) -> None:
-    """Replace a file as a whole, readable by its owner alone; its folder is made (0700) where
-    missing.
+def write_private(path: str, data: bytes, keeps_mode: bool = False) -> None:
+    """Replace a file as a whole, readable by its owner alone, or by whom its old mode lets read it
+    (`keeps_mode`); its folder is made (0700) where missing. What root writes belongs to the owner
+    of the old file, or else of the folder: an agent that runs as that user must read it.
 
     Raises TentacleError that names the path and the remedy.
     """
@@ -628,6 +629,12 @@ def write_private(path: str, data: bytes) -> None:
             with open(descriptor, 'wb') as file:
                 file.write(data)
                 file.flush()
+                is_new = not os.path.exists(path)
+                details = os.stat(folder or '.' if is_new else path)
+                if os.geteuid() == 0 and details.st_uid != 0:
+                    os.fchown(file.fileno(), details.st_uid, details.st_gid)
+                if keeps_mode and not is_new:
+                    os.fchmod(file.fileno(), stat.S_IMODE(details.st_mode))
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
@@ -7720,7 +7727,7 @@ def change_settings(path: str, change: Callable[[Dict[str, str]], None]) -> None
         before = dict(values)
         change(values)
         if values != before or not os.path.exists(path):
-            write_private(path, _settings_xml(values))
+            write_private(path, _settings_xml(values), keeps_mode=True)
 
 
 def read_trusted(path: str, values: Dict[str, str]) -> List[Dict[str, Any]]:
@@ -8808,6 +8815,8 @@ def _logged_settings(arguments: Any, rotates: bool = False) -> Settings:
     """
     settings = _settings(arguments)
     try:
+        if os.geteuid() == 0 and os.stat(settings.home).st_uid != 0 and not rotates:
+            return settings  # root writes nothing in a folder where another one may have laid links
         handler = _log_file(os.path.join(settings.home, _LOG_NAME), rotates)
     except OSError as error:
         logger.debug('There is no log file: %s', error)
@@ -10691,7 +10700,8 @@ def _update_trust(arguments: Any) -> int:
     old, new = parse_thumbprint(arguments.oldThumbprint), parse_thumbprint(arguments.newThumbprint)
     settings = _logged_settings(arguments)
     if old not in settings.trusted:
-        raise TentacleError('%s is not trusted here, so nothing was changed' % old)
+        say('%s is not trusted here, so nothing was changed' % old)
+        return 0
 
     def change(servers: List[Dict[str, Any]]) -> List[Dict[str, Any]]:
         return [
@@ -10901,19 +10911,19 @@ KillMode=process
 Restart=always
 RestartSec=5
 TimeoutStopSec=30
-LimitNOFILE=65536
-UMask=0077
-# Scripts have to change this host, so what would keep them from that is left out.
-LockPersonality=yes
-ProtectHostname=no
+# Scripts inherit all that is said here, and have to change this host: so no Protect..., Private...
+# or NoNewPrivileges. What does not hinder them: no core file holds our private key, no key ring is
+# shared, and one script that takes too much memory does not end the agent.
+LimitCORE=0
+KeyringMode=private
 OOMPolicy=continue
 
 [Install]
 WantedBy=%(target)s
 """
 _CRON_HINT = (
-    'There is no systemd here. Let cron start it at boot, and see that it runs: crontab -e, and '
-    'there this line: @reboot %s'
+    'There is no systemd here that would start it. Let cron do that: crontab -e, and there this '
+    'line, which starts it at each boot (or poll and listen with their options): @reboot %s'
 )
 
 
@@ -10949,11 +10959,15 @@ class _Service:
         ]
 
     def require_systemd(self) -> None:
-        import shlex
         import shutil
 
         if shutil.which('systemctl') is None:
-            raise TentacleError(_CRON_HINT % ' '.join(map(shlex.quote, self._agent_words())))
+            raise TentacleError(self._hint())
+
+    def _hint(self) -> str:
+        import shlex
+
+        return _CRON_HINT % ' '.join(map(shlex.quote, self._agent_words()))
 
     def systemctl(self, *words: str) -> None:
         import subprocess
@@ -10962,6 +10976,8 @@ class _Service:
         done = subprocess.run(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE)
         if done.returncode != 0:
             said = (done.stderr or done.stdout).decode(errors='replace').strip()
+            if 'not been booted with systemd' in said or 'connect to bus' in said:
+                raise TentacleError(self._hint())
             raise TentacleError(
                 '`%s` failed with exit code %d: %s. See: journalctl %s-u %s'
                 % (
@@ -10979,11 +10995,10 @@ class _Service:
             for w in self._agent_words()
         ]
         user = self._arguments.username
+        name = 'TentacleMachineConfigurationHomeDirectory'
         environment = ''
-        for name in ('TentacleMachineConfigurationHomeDirectory', 'TENTACLE_HOME'):
-            if os.environ.get(name):
-                text = '%s=%s' % (name, os.environ[name].replace('%', '%%'))
-                environment += 'Environment="%s"\n' % text
+        if os.environ.get(name):
+            environment = 'Environment="%s=%s"\n' % (name, os.environ[name].replace('%', '%%'))
         return _UNIT % {
             'name': self.name,
             'user': ('User=%s\n' % user if user and self._is_root else '') + environment,

@@ -1067,10 +1067,8 @@ def test_import_certificate(tmp_path, keys, form):
     code, out, err = cli(
         *command, *(['--pfx-password', password] if form != 'pem' else []), home=home
     )
-    assert (code, out) == (
-        0,
-        'The certificate was imported, its thumbprint is %s\n' % other.thumbprint,
-    ), err
+    assert code == 0, err
+    assert 'The certificate was imported, its thumbprint is %s\n' % other.thumbprint in out
     assert cli('show-thumbprint', home=home)[1] == other.thumbprint
     assert stat.S_IMODE(os.stat(str(home / 'tentacle.pem')).st_mode) == 0o600
 
@@ -1089,7 +1087,7 @@ def test_a_bad_import_leaves_the_identity_as_it_was(tmp_path, keys):
         assert (code, out, err.count('\n')) == (1, '', 1), err
         assert name in err
     assert cli('show-thumbprint', home=home)[1] == before
-    assert sorted(os.listdir(str(home))) == ['tentacle-default.config', 'tentacle.pem']
+    assert sorted(os.listdir(str(home))) == ['Logs', 'tentacle-default.config', 'tentacle.pem']
 
 
 @pytest.mark.parametrize(
@@ -1101,7 +1099,9 @@ def test_a_bad_import_leaves_the_identity_as_it_was(tmp_path, keys):
 )
 def test_aes_of_the_standard(key, encrypted):
     block = bytes.fromhex('00112233445566778899aabbccddeeff')
-    assert tentacle.Aes(key).encrypt_block(block).hex() == encrypted
+    aes = tentacle.Aes(key)
+    assert aes.encrypt_block(block).hex() == encrypted
+    assert aes.decrypt_block(bytes.fromhex(encrypted)) == block
 
 
 # Files as the original keeps them: AesEncryption of Octopus.Tentacle.Core, with this password.
@@ -6160,12 +6160,12 @@ def test_a_tentacle_that_does_not_trust_us(shared_agent, tmp_path):
     'arguments, code, words',
     [
         ([], 2, ''),
-        (['frob'], 2, 'frob is no command'),
+        (['frob'], 2, "'frob' is not supported"),
         (['listen', '--port', 'x'], 2, 'is not a port'),
         (['listen', '--port', '70000'], 2, 'is not a port'),
         (['listen', '--trust', 'abc'], 2, 'is not a thumbprint'),
-        (['configure', '--trust', 'abc'], 2, 'is not a thumbprint'),
-        (['configure'], 2, 'nothing to change'),
+        (['configure', '--trust', 'abc'], 1, 'is not a thumbprint'),
+        (['configure'], 1, 'Nothing to change'),
         (['trust', 'a b'], 2, 'is not a target'),
         (['exec', 'host'], 2, '--script FILE'),
         (['exec', 'host', '--script', '/no/such/script'], 2, 'can not be read'),
@@ -6332,9 +6332,10 @@ def test_help_of_every_verb_has_an_example(capsys):
     overview = cli('--help')[1]
     for name in tentacle.COMMANDS:
         assert '\n  %s ' % name in overview
-        with pytest.raises(SystemExit):
-            tentacle.main([name, '--help'])
-        assert 'example:\n  tentacle.py %s' % name in capsys.readouterr().out
+        if not tentacle.COMMANDS[name].is_original:
+            with pytest.raises(SystemExit):
+                tentacle.main([name, '--help'])
+            assert 'example:\n  tentacle.py %s' % name in capsys.readouterr().out
 
 
 def test_demo():
