@@ -151,6 +151,12 @@ __all__ = [
     'TargetResult',
     'FanOut',
     'Targets',
+    'Job',
+    'JobStore',
+    'LogEntry',
+    'ScriptFile',
+    'Identity',
+    'Limits',
     'Proxy',
     'ServiceEndPoint',
     'ScriptResult',
@@ -304,6 +310,14 @@ def printable(text: Any, limit: int = 300) -> str:
     text = str(text)
     shown = ''.join(c if c.isprintable() else repr(c)[1:-1] for c in text[:limit])
     return shown + '...' if len(text) > limit else shown
+
+
+def nearest(word: str, words: Iterable[str]) -> str:
+    """A hint at what may be meant, or ''."""
+    import difflib
+
+    near = difflib.get_close_matches(word, words, 1)
+    return '; did you mean %s?' % near[0] if near else ''
 
 
 class Secret(str):
@@ -6720,8 +6734,8 @@ class RelayedClient(TentacleClient):
                 return SocketStream(sock, self._path)
         except OSError as error:
             raise NotDelivered(
-                'No server for polling tentacles runs at %s (%s): start `tentacle.py serve`, or '
-                'give --listen-for-polling' % (self._path, error.strerror)
+                'No server for polling tentacles runs at %s (%s): start `tentacle.py serve`'
+                % (self._path, error.strerror)
             )
 
     def _deliver(self, request: Request, take: Optional[Callable[[Response], None]]) -> Response:
@@ -6912,7 +6926,10 @@ class FanOut:
     ):
         import queue
 
+        if parallel < 1 or rolling is not None and rolling < 1:
+            raise UsageError('parallel and rolling must be 1 or more')
         self.stop = threading.Event()
+        self._begun: Set[str] = set()
         self._run_on = run_on
         self._parallel = parallel
         self._rolling = rolling
@@ -6922,6 +6939,15 @@ class FanOut:
         self._failures = 0
         self._threads: List[threading.Thread] = []
         self._results: Any = queue.SimpleQueue()
+
+    def begins(self, target: str) -> None:
+        """To be called by `run_on` ahead of what has an effect there: until then who is stopped
+        waits for nothing. Raises Cancelled when it was stopped already.
+        """
+        with self._lock:
+            self._begun.add(target)
+            if self.stop.is_set():
+                raise Cancelled('it was not begun')
 
     def results(self, targets: Sequence[str]) -> Iterator[TargetResult]:
         """One for each target, as they come; who stops asking for more has the rest cancelled."""
@@ -6939,6 +6965,7 @@ class FanOut:
                 thread.join(max(deadline - time.monotonic(), 0))
 
     def _wave(self, targets: Sequence[str]) -> Iterator[TargetResult]:
+        begin = time.monotonic()
         waiting = set(targets)
         queue = iter(targets)
         for _ in range(min(self._parallel, len(targets))):
@@ -6947,10 +6974,17 @@ class FanOut:
         while waiting:
             if self.stop.is_set() and deadline is None:
                 deadline = time.monotonic() + self._limits.cancelled_script
+                with self._lock:
+                    unbegun = sorted(waiting - self._begun)
+                for target in unbegun:
+                    waiting.remove(target)
+                    seconds = time.monotonic() - begin
+                    yield TargetResult(target, 'cancelled', None, seconds, 'it was not begun')
             if deadline is not None and time.monotonic() > deadline and self._results.empty():
                 for target in sorted(waiting):
-                    text = 'it does not answer; if the script was started, it may go on there'
-                    yield TargetResult(target, 'cancelled', None, 0.0, text)
+                    text = 'it does not answer; what was begun there may go on'
+                    seconds = time.monotonic() - begin
+                    yield TargetResult(target, 'cancelled', None, seconds, text)
                 return
             result = self._next_result()
             if result is not None and result.target in waiting:
@@ -7101,6 +7135,7 @@ class JobStore:
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         address = 'file:%s?mode=%s' % (quote(self.path), 'ro' if read_only else 'rw')
         self._database = connect(address, uri=True, check_same_thread=False)
+        self._database.execute('PRAGMA auto_vacuum = INCREMENTAL')  # of a new one
         (version,) = self._database.execute('PRAGMA user_version').fetchone()
         if version > len(_JOB_MIGRATIONS):
             raise TentacleError(
@@ -7167,8 +7202,9 @@ class JobStore:
             self._database.execute('PRAGMA synchronous = NORMAL')
 
     def jobs(self, everything: bool = True) -> List[Job]:
-        """All, or those that are not over, oldest first; without their scripts."""
-        columns = ', '.join("''" if name == 'script' else name for name in Job._fields)
+        """All, or those that are not over, oldest first; with the beginning of their scripts."""
+        short = {'script': 'substr(script, 1, 200)'}
+        columns = ', '.join(short.get(name, name) for name in Job._fields)
         query = 'SELECT ' + columns + ' FROM jobs%s ORDER BY number'
         where = '' if everything else ' WHERE NOT ' + _JOB_IS_OVER_SQL
         with self._told():
@@ -7184,11 +7220,12 @@ class JobStore:
             raise UsageError('There is no job %d' % number)
         return Job(*row)
 
-    def lines(self, number: int, after: int = 0) -> List[Tuple[int, LogEntry]]:
-        """(number, entry) of the lines of a job's log from a number on."""
+    def lines(self, number: int, after: int = 0, most: int = 1 << 62) -> List[Tuple[int, LogEntry]]:
+        """(number, entry) of the lines of a job's log from a number on, so many of them."""
         query = 'SELECT number, source, occurred, text FROM lines WHERE job = ? AND number >= ?'
+        query += ' ORDER BY number LIMIT ?'
         with self._told():
-            rows = self._database.execute(query + ' ORDER BY number', (number, after)).fetchall()
+            rows = self._database.execute(query, (number, after, most)).fetchall()
         return [(line, LogEntry(source, occurred, text)) for line, source, occurred, text in rows]
 
     def change(
@@ -7220,6 +7257,9 @@ class JobStore:
                 ' (SELECT number FROM jobs WHERE %s ORDER BY number DESC LIMIT ?)' % (over, over),
                 (count,),
             )
+        with self._told():  # what they took belongs to the disk again
+            self._database.execute('PRAGMA incremental_vacuum').fetchall()
+            self._database.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
 
 
 class JobRunner:
@@ -7232,6 +7272,7 @@ class JobRunner:
 
     _PAUSES = (0.05, 0.1, 0.2, 0.5, 1.0, 2.0)  # seconds between questions while nothing comes
     _THREADS = 32
+    _MOST_THREADS = 512  # with one more for each call of a listening target, which may be dead
 
     def __init__(
         self,
@@ -7260,7 +7301,9 @@ class JobRunner:
         self._busy: Dict[str, int] = {}  # steps under way for each tentacle
         self._held: Dict[str, List[int]] = {}  # due, but there are enough of those
         self._stopping = False
-        self._threads: List[threading.Thread] = []
+        self._outward = 0  # steps under way for listening targets
+        self._idle = 0  # threads that wait for a step
+        self._threads: Set[threading.Thread] = set()
 
     def start(self) -> None:
         """Go on with what is not over."""
@@ -7268,7 +7311,14 @@ class JobRunner:
         for job in self._store.jobs(everything=False):
             self._uris[job.number] = job.uri
             self._plan(job.number, 0)
-        self._threads = [start_thread('jobs', self._work) for _ in range(self._THREADS)]
+        with self._changed:
+            self._add_thread()
+
+    def _add_thread(self) -> None:
+        """With the lock: see that somebody waits for the next step, as far as there may be more."""
+        most = min(self._THREADS + self._outward, self._MOST_THREADS)
+        if not (self._idle or self._stopping) and len(self._threads) < most:
+            self._threads.add(start_thread('jobs', self._work))
 
     def stop(self) -> None:
         """Begin no other call; the jobs stay as they are."""
@@ -7279,7 +7329,9 @@ class JobRunner:
     def join(self) -> None:
         """Wait for the calls under way, after `stop`."""
         deadline = time.monotonic() + self._limits.stop
-        for thread in self._threads:
+        with self._changed:
+            threads = list(self._threads)
+        for thread in threads:
             thread.join(max(deadline - time.monotonic(), 0))
 
     def add(self, target: str, endpoint: ServiceEndPoint, *arguments: Any, **options: Any) -> int:
@@ -7305,8 +7357,11 @@ class JobRunner:
             return job
         with self._changed:
             is_free = number not in self._at_work
-        if job.cancel and is_free:
-            self._end(job, 'lost', 'it was cancelled, and its tentacle was not reached')
+        if is_free and (job.cancel or job.state == 'waiting'):
+            if job.state == 'waiting':
+                self._end(job, 'cancelled', 'it was cancelled ahead of its start')
+            else:
+                self._end(job, 'lost', 'it was cancelled, and its tentacle was not reached')
             return self._store.job(number)
         job = self._store.change(job, cancel=1)
         self._plan(number, 0)
@@ -7366,6 +7421,7 @@ class JobRunner:
     def _release(self, uri: str) -> None:
         """A step is over: another one of its tentacle may be taken."""
         with self._changed:
+            self._outward -= uri.startswith('https:')
             self._busy[uri] = self._busy.get(uri, 1) - 1
             if not self._busy[uri]:
                 del self._busy[uri]
@@ -7376,14 +7432,18 @@ class JobRunner:
                 self._plan(held, 0)
 
     def _next(self) -> Optional[int]:
-        """Waits for the next job that is due; None when we are to stop."""
+        """Waits for the next job that is due; None when this thread is to end."""
         import heapq
 
         with self._changed:
             while not self._stopping:
+                if len(self._threads) > self._THREADS + self._outward:
+                    break  # those that made us necessary are over
                 left = self._due[0][0] - time.monotonic() if self._due else None
                 if left is None or left > 0:
+                    self._idle += 1
                     self._changed.wait(None if left is None else min(left, 3600.0))
+                    self._idle -= 1
                     continue
                 moment, number = heapq.heappop(self._due)
                 if self._planned.get(number) != moment:
@@ -7393,9 +7453,12 @@ class JobRunner:
                 if self._busy.get(uri, 0) < self._limits.job_steps:
                     self._busy[uri] = self._busy.get(uri, 0) + 1
                     self._at_work.add(number)
+                    self._outward += uri.startswith('https:')
+                    self._add_thread()
                     return number
                 if number not in self._held.setdefault(uri, []):
                     self._held[uri].append(number)
+            self._threads.discard(threading.current_thread())
         return None
 
     def _step(self, job: Job) -> Optional[float]:
@@ -7465,7 +7528,7 @@ class JobRunner:
                 self._store.change(job, state='waiting', started=job.started)
             raise
         except ConnectionLost:
-            if job.service == 'V1' and calls.ticket:  # it was started, and only asking failed
+            if calls.ticket != job.ticket:  # it was started by V1, and only asking failed
                 self._store.change(job, state='running', ticket=calls.ticket[:200])
             raise
 
@@ -7477,6 +7540,7 @@ class JobRunner:
                 return self._end(job, 'cancelled', 'it was cancelled ahead of its start')
             return self._lose(job, 'the tentacle does not know it any more')
         self._failures.pop(job.number, None)
+        already = job.next_log
         first = status.next_log_sequence - len(status.logs)
         new = status.logs[max(job.next_log - first, 0) :]
         new, characters = self._within_bounds(job, new)
@@ -7488,7 +7552,8 @@ class JobRunner:
         job = self._store.change(job, new, **columns)
         if job.state == 'ended':
             return 0
-        quiet = self._quiet[job.number] = 0 if new else self._quiet.get(job.number, 0) + 1
+        has_news = job.next_log > already
+        quiet = self._quiet[job.number] = 0 if has_news else self._quiet.get(job.number, 0) + 1
         return self._PAUSES[min(quiet, len(self._PAUSES) - 1)]
 
     def _within_bounds(self, job: Job, lines: List[LogEntry]) -> Tuple[List[LogEntry], int]:
@@ -7727,7 +7792,7 @@ def change_settings(path: str, change: Callable[[Dict[str, str]], None]) -> None
         before = dict(values)
         change(values)
         if values != before or not os.path.exists(path):
-            write_private(path, _settings_xml(values), keeps_mode=True)
+            write_private(os.path.realpath(path), _settings_xml(values), keeps_mode=True)
 
 
 def read_trusted(path: str, values: Dict[str, str]) -> List[Dict[str, Any]]:
@@ -8117,6 +8182,9 @@ def _set_in_section(text: str, section: str, key: str, value: str) -> str:
     return '\n'.join(lines[: start + 1] + ['%s = %s' % (key, value)] + lines[start + 1 :])
 
 
+_TARGET_KEYS = ('uri', 'thumbprint', 'groups', 'proxy')
+
+
 class Targets:
     """`<home>/targets`: the tentacles that a dispatcher knows, a section each, like ssh's
     known_hosts. All but the thumbprint may be left out.
@@ -8132,12 +8200,15 @@ class Targets:
         self.path = os.path.join(home, 'targets')
         self._text = ''
         try:
-            with open(self.path, encoding='utf-8') as file:
+            with open(self.path, encoding='utf-8-sig') as file:
                 self._text = file.read()
         except FileNotFoundError:
             pass
         except (OSError, ValueError) as error:
-            raise TentacleError('The targets file %s can not be read: %s' % (self.path, error))
+            raise TentacleError(
+                'The targets file %s can not be read: %s. It must be UTF-8 text'
+                % (self.path, error)
+            )
         self._sections = self._parse()
         self._all: Optional[Dict[str, ServiceEndPoint]] = None
 
@@ -8168,7 +8239,7 @@ class Targets:
         UsageError.
         """
         chosen: 'OrderedDict[str, ServiceEndPoint]' = OrderedDict()
-        words = list(words)
+        words = [words] if isinstance(words, str) else list(words)
         for word in words:
             if not word.startswith('!'):
                 for name, endpoint in self._meant_by(word):
@@ -8226,13 +8297,17 @@ class Targets:
         if endpoint.is_polling:
             return endpoint
         if endpoint.thumbprint is None:
+            near = nearest(name, self.all())
             raise UntrustedThumbprint(
-                '%s is not known here, so it is not called. See its thumbprint and trust it: %s %s'
-                % (printable(name), trust_command, printable(name))
+                '%s is not known here, so it is not called%s. See its thumbprint and trust it: '
+                '%s %s' % (printable(name), near, trust_command, printable(name))
             )
         own = self._sections[name].get('proxy') if self._sections.has_section(name) else None
         if own is not None and proxy_of is None:
-            return endpoint._replace(proxy=None if own == 'none' else parse_proxy(own))
+            try:
+                return endpoint._replace(proxy=None if own == 'none' else parse_proxy(own))
+            except UsageError as error:
+                raise UsageError('The proxy of [%s] in %s: %s' % (name, self.path, error))
         return endpoint._replace(proxy=(proxy_of or proxy_of_environment)(endpoint.uri))
 
     def for_job(self, name: str, endpoint: ServiceEndPoint) -> ServiceEndPoint:
@@ -8253,8 +8328,25 @@ class Targets:
             self._all = {name: self._endpoint(name) for name in self._sections.sections()}
         return dict(self._all)
 
+    def _line_of(self, name: str, key: str) -> int:
+        """The number of the line that has a key of a section, or its head."""
+        lines = self._text.split('\n')
+        start = next(i for i, line in enumerate(lines) if line.strip() == '[%s]' % name)
+        for i in range(start + 1, len(lines)):
+            if lines[i].split('=')[0].strip().lower() == key:
+                return i + 1
+            if lines[i].startswith('['):
+                break
+        return start + 1
+
     def _endpoint(self, name: str) -> ServiceEndPoint:
         section = self._sections[name]
+        for key in section:
+            if key not in _TARGET_KEYS:
+                raise TentacleError(
+                    'The targets file %s is damaged: line %d has %s, and a target has %s'
+                    % (self.path, self._line_of(name, key), printable(key), ', '.join(_TARGET_KEYS))
+                )
         try:
             thumbprint = section.get('thumbprint')
             return ServiceEndPoint(
@@ -8262,8 +8354,10 @@ class Targets:
                 thumbprint and parse_thumbprint(thumbprint),
             )
         except UsageError as error:
+            broken = 'thumbprint' if 'is not a thumbprint' in str(error) else 'uri'
             raise TentacleError(
-                'The target [%s] in %s is damaged: %s' % (printable(name), self.path, error)
+                'The target [%s] in %s is damaged, mend line %d: %s'
+                % (printable(name), self.path, self._line_of(name, broken), error)
             )
 
     def pin(self, target: str, endpoint: ServiceEndPoint) -> None:
@@ -8286,7 +8380,7 @@ class Targets:
                 endpoint.uri,
                 endpoint.thumbprint,
             )
-        write_private(self.path, self._text.encode())
+        write_private(os.path.realpath(self.path), self._text.encode())
         self._sections = self._parse()
         self._all = None
 
@@ -8423,6 +8517,8 @@ class Dispatcher:
 
         def run_on(name: str) -> int:
             with self.client(known.to_call(name, chosen[name])) as client:
+                client.capabilities()
+                fan_out.begins(name)
                 take = lambda line: on_line(name, line)
                 return client.run_script(script, take, files=files, stop=fan_out.stop)
 
@@ -9249,6 +9345,7 @@ def _serve(arguments: Any) -> int:
         server = _polling_server(arguments, settings, identity, given, port)
         store = JobStore(settings.home)
         clients: Dict[ServiceEndPoint, Any] = {}  # a pin or a proxy that changed makes another
+        impatient = LIMITS._replace(connect=20.0, handshake=20.0)  # a job is tried again
         targets = Watched(Targets(settings.home).path, lambda: Targets(settings.home))
 
         def client_of(target: str, endpoint: ServiceEndPoint) -> Any:
@@ -9256,7 +9353,7 @@ def _serve(arguments: Any) -> int:
             if endpoint.is_polling:
                 return server.client(called)
             called = called._replace(queue_timeout=0.0)
-            return clients.setdefault(called, TentacleClient(called, identity))
+            return clients.setdefault(called, TentacleClient(called, identity, impatient))
 
         keep = settings.job_days * 86400.0, settings.job_count
         jobs = JobRunner(store, client_of, server.is_connected, keep)
@@ -9370,7 +9467,7 @@ def _read_script(arguments: Any) -> str:
     if bool(words) == (arguments.script is not None):
         raise UsageError(
             'give the script as --script FILE, as --script - (standard input), '
-            'or as a command after --'
+            'or as a command after --, in one of these ways'
         )
     if words:
         import shlex
@@ -9505,22 +9602,73 @@ def _check(client: Any) -> Dict[str, Any]:
     }
 
 
+class _Patience:
+    """Tells a person at a terminal, after some seconds, which targets have not answered yet."""
+
+    _SECONDS = 3.0
+
+    def __init__(self, settings: Settings, targets: Dict[str, ServiceEndPoint]):
+        self._settings = settings
+        self._waiting = OrderedDict(targets)
+        self._timer = threading.Timer(self._SECONDS, self._tell)
+        self._timer.daemon = True
+        if sys.stderr.isatty():
+            self._timer.start()
+
+    def answered(self, name: str) -> None:
+        """Any thread may call."""
+        self._waiting.pop(name, None)
+
+    def end(self) -> None:
+        self._timer.cancel()
+
+    def _tell(self) -> None:
+        waiting = list(self._waiting.items())
+        if len(waiting) == 1:
+            _complain('waiting for %s' % self._what(*waiting[0]))
+        elif waiting:
+            names = ', '.join(name for name, _ in waiting[:5])
+            more = ' and %d others' % (len(waiting) - 5) if len(waiting) > 5 else ''
+            _complain('waiting for %s%s' % (names, more))
+
+    def _what(self, name: str, endpoint: ServiceEndPoint) -> str:
+        if not endpoint.is_polling:
+            return '%s to answer' % name
+        seen = None
+        with contextlib.suppress(TentacleError):
+            seen = Dispatcher(self._settings.home).ask_serve('LastSeen', endpoint.uri)
+        if seen is None:
+            return '%s to poll; it has not been seen yet' % name
+        return '%s to poll, last seen %s ago' % (name, _ago(time.time() - seen))
+
+
 def _check_all(
-    arguments: Any, settings: Settings, targets: Dict[str, ServiceEndPoint]
+    arguments: Any,
+    settings: Settings,
+    targets: Dict[str, ServiceEndPoint],
+    polling: Container[str],
 ) -> Dict[str, Dict[str, Any]]:
     """What each target says, or why it says nothing."""
     found: Dict[str, Dict[str, Any]] = {}
     with _clients(arguments, settings) as client_of:
 
         def run_on(name: str) -> int:
-            with client_of(_pinned(arguments, settings, name, targets[name])) as client:
+            endpoint = _pinned(arguments, settings, name, targets[name])
+            if endpoint.is_polling and arguments.listen_for_polling is None:
+                if endpoint.uri not in polling:
+                    raise NotDelivered('it is not connected to our `serve`')
+            with client_of(endpoint) as client:
                 found[name] = _check(client)
             return 0
 
-        fan_out = FanOut(run_on, _number('--parallel', arguments.parallel, 1, 1000))
+        parallel = _number('--parallel', arguments.parallel, 1, 1000)
+        fan_out = FanOut(run_on, parallel, limits=LIMITS._replace(cancelled_script=0.5))
+        patience = _Patience(settings, targets)
         for result in fan_out.results(list(targets)):
+            patience.answered(result.target)
             found.setdefault(result.target, {})
             found[result.target].update(state=result.state, error=result.error)
+        patience.end()
     return found
 
 
@@ -9536,9 +9684,9 @@ def _say_checked(listed: List[Dict[str, Any]]) -> None:
 
 def _say_known(listed: List[Tuple[Dict[str, Any], Dict[str, Any]]]) -> None:
     now = time.time()
-    rows = [('NAME', 'ADDRESS', 'THUMBPRINT', 'GROUPS', 'CONNECTED FROM', 'SINCE', 'LAST SEEN')]
+    rows = [('NAME', 'STATE', 'ADDRESS', 'THUMBPRINT', 'GROUPS', 'FROM', 'SINCE', 'LAST SEEN')]
     for facts, entry in listed:
-        row = [facts['target'], facts['uri'], facts['thumbprint'] or '-']
+        row = [facts['target'], facts['state'], facts['uri'], facts['thumbprint'] or '-']
         row += [' '.join(facts['groups']) or '-', facts['address'] or '-']
         row += [_ago(now - entry[key]) if entry else '-' for key in ('since', 'last_seen')]
         rows.append(tuple(row))
@@ -9569,7 +9717,8 @@ def _targets(arguments: Any) -> int:
             )
     if arguments.targets or arguments.targets_file:
         targets = _chosen_targets(arguments, settings)
-    checked = _check_all(arguments, settings, targets) if arguments.check else {}
+    polling = {entry['subscription'] for entry in connected}
+    checked = _check_all(arguments, settings, targets, polling) if arguments.check else {}
     listed = []
     for name, endpoint in targets.items():
         facts: Dict[str, Any] = {
@@ -9577,7 +9726,10 @@ def _targets(arguments: Any) -> int:
             'uri': endpoint.uri,
             'thumbprint': endpoint.thumbprint,
             'groups': sorted(known.groups(name)) if name in named else [],
+            'state': 'listening',
         }
+        if endpoint.is_polling:
+            facts['state'] = 'connected' if endpoint.uri in polling else 'away'
         own = [entry for entry in connected if entry['subscription'] == endpoint.uri]
         for entry in own or [{}]:
             facts = dict(facts, address=entry.get('address'))
@@ -9591,7 +9743,7 @@ def _targets(arguments: Any) -> int:
         _say_checked([facts for facts, _ in listed])
     else:
         _say_known(listed)
-    return int(any(facts.get('state', 'ok') != 'ok' for facts, _ in listed))
+    return int(any(facts['state'] != 'ok' for facts in checked.values()))
 
 
 class _LinePrinter:
@@ -9644,6 +9796,7 @@ class _ManyPrinter:
         self._names = list(names)
         self._width = min(max(map(len, names)), 30)
         self._coloured = _wants_colour(sys.stdout)
+        self.is_broken = False
         self._kept: Dict[str, List[OutputLine]] = {name: [] for name in names}
 
     def line(self, name: str, line: OutputLine) -> None:
@@ -9661,7 +9814,11 @@ class _ManyPrinter:
             self._event('line', name, source=source, time=iso_time(line.occurred), text=line.text)
             return
         stream = sys.stderr if line.remark or line.source == STDERR else sys.stdout
-        print('%s %s' % (self._label(name), line.text), file=stream, flush=True)
+        try:
+            print('%s %s' % (self._label(name), line.text), file=stream, flush=True)
+        except BrokenPipeError:  # who read our output has left
+            self.is_broken = True
+            raise Cancelled('nobody reads the output any more')
 
     def _label(self, name: str) -> str:
         label = '%-*s |' % (self._width, printable(name, self._width))
@@ -9674,6 +9831,8 @@ class _ManyPrinter:
         say(json.dumps(dict({'event': event, 'target': name}, **facts)))
 
     def result(self, result: TargetResult) -> None:
+        if self.is_broken:
+            return
         with self._lock:
             for line in self._kept.pop(result.target, ()):
                 self._print(result.target, line)
@@ -9689,14 +9848,18 @@ class _ManyPrinter:
 
     def summary(self, results: List[TargetResult]) -> None:
         """The table, failures last; and on every way their names."""
-        if self._arguments.json:
+        if self._arguments.json or self.is_broken:
             return
         failed = [result for result in results if result.state != 'ok']
         if sys.stderr.isatty() and not self._arguments.quiet:
             self._table([result for result in results if result.state == 'ok'] + failed)
-        if failed:
-            names = ', '.join(result.target for result in failed)
-            _complain('%d of %d failed: %s' % (len(failed), len(results), names))
+        for state, chosen in (
+            ('failed', [result for result in failed if result.state != 'skipped']),
+            ('skipped', [result for result in failed if result.state == 'skipped']),
+        ):
+            if chosen:
+                names = ', '.join(result.target for result in chosen)
+                _complain('%d of %d %s: %s' % (len(chosen), len(results), state, names))
 
     def _table(self, results: List[TargetResult]) -> None:
         import shutil
@@ -9723,46 +9886,6 @@ _EXIT_CODE_MEANINGS = {
     UNKNOWN_TICKET_EXIT_CODE: 'the tentacle does not know it (any more)',
     UNKNOWN_RESULT_EXIT_CODE: 'its result is unknown: the tentacle was restarted while it ran',
 }
-
-
-class _Patience:
-    """Tells a person at a terminal, after some seconds, which targets have not answered yet."""
-
-    _SECONDS = 3.0
-
-    def __init__(self, settings: Settings, targets: Dict[str, ServiceEndPoint]):
-        self._settings = settings
-        self._waiting = OrderedDict(targets)
-        self._timer = threading.Timer(self._SECONDS, self._tell)
-        self._timer.daemon = True
-        if sys.stderr.isatty():
-            self._timer.start()
-
-    def answered(self, name: str) -> None:
-        """Any thread may call."""
-        self._waiting.pop(name, None)
-
-    def end(self) -> None:
-        self._timer.cancel()
-
-    def _tell(self) -> None:
-        waiting = list(self._waiting.items())
-        if len(waiting) == 1:
-            _complain('waiting for %s' % self._what(*waiting[0]))
-        elif waiting:
-            names = ', '.join(name for name, _ in waiting[:5])
-            more = ' and %d others' % (len(waiting) - 5) if len(waiting) > 5 else ''
-            _complain('waiting for %s%s' % (names, more))
-
-    def _what(self, name: str, endpoint: ServiceEndPoint) -> str:
-        if not endpoint.is_polling:
-            return '%s to answer' % name
-        seen = None
-        with contextlib.suppress(TentacleError):
-            seen = Dispatcher(self._settings.home).ask_serve('LastSeen', endpoint.uri)
-        if seen is None:
-            return '%s to poll; it has not been seen yet' % name
-        return '%s to poll, last seen %s ago' % (name, _ago(time.time() - seen))
 
 
 def _exec_on_one(
@@ -9808,6 +9931,7 @@ def _exec_on_many(
             with client_of(endpoint) as client:
                 client.capabilities()
                 patience.answered(name)
+                fan_out.begins(name)
                 on_line = lambda line: printer.line(name, line)
                 return client.run_script(script, on_line, files=files, stop=fan_out.stop)
 
@@ -9819,6 +9943,8 @@ def _exec_on_many(
             patience.answered(result.target)
             results.append(result)
             printer.result(result)
+            if printer.is_broken:
+                fan_out.stop.set()
         patience.end()
     printer.summary(results)
     return 130 if signals else int(any(result.state != 'ok' for result in results))
@@ -9864,7 +9990,8 @@ def _detach(
         metavar='FILE',
         action='append',
         default=[],
-        help='put it beside the script, whose working directory that is; may be repeated',
+        help='put it beside the script, whose working directory that is; may be repeated; not with '
+        '--detach',
     ),
     _option('--rolling', metavar='N', help='in waves of N targets, one after the other'),
     _option('--max-fail', metavar='K', help='begin no other target when more than K have failed'),
@@ -9908,7 +10035,7 @@ def _exec(arguments: Any) -> int:
 def _job_facts(job: Job) -> Dict[str, Any]:
     """A job for --json."""
     facts: Dict[str, Any] = {'job': job.number, 'target': job.target, 'state': job.state}
-    facts.update(exit_code=job.exit_code, error=job.error)
+    facts.update(exit_code=job.exit_code, error=job.error, script=job.script)
     for key in ('created', 'started', 'ended', 'expires'):
         moment = getattr(job, key)
         facts[key] = None if moment is None else iso_time(moment)
@@ -9917,6 +10044,13 @@ def _job_facts(job: Job) -> Dict[str, Any]:
 
 def _dispatcher(arguments: Any) -> Dispatcher:
     return Dispatcher(_settings(arguments).home)
+
+
+def _tell_where_no_serve_runs(dispatcher: Dispatcher) -> None:
+    try:
+        dispatcher.ask_serve('LastSeen', 'poll://nobody/')
+    except TentacleError:
+        _complain('no `serve` of %s runs, so no job goes on' % dispatcher.home)
 
 
 def _job_number(text: str) -> int:
@@ -9931,18 +10065,23 @@ def _job_number(text: str) -> int:
     _option('--json', action='store_true', help='one object a line'),
 )
 def _jobs(arguments: Any) -> int:
-    with _dispatcher(arguments).job_store() as store:
+    dispatcher = _dispatcher(arguments)
+    with dispatcher.job_store() as store:
         jobs = store.jobs(everything=arguments.all)
     if arguments.json:
         for job in jobs:
             say(json.dumps(_job_facts(job)))
         return 0
-    rows = [('JOB', 'TARGET', 'STATE', 'CODE', 'AGE', 'NOTE')]
+    rows = [('JOB', 'TARGET', 'STATE', 'CODE', 'AGE', 'SCRIPT', 'NOTE')]
     for job in jobs:
+        script = printable(job.script.strip().partition('\n')[0], 30)
         code = '-' if job.exit_code is None else str(job.exit_code)
         age = _ago(time.time() - job.created / 1000)
-        rows.append((str(job.number), job.target, job.state, code, age, printable(job.error)))
+        note = printable(job.error)
+        rows.append((str(job.number), job.target, job.state, code, age, script, note))
     _say_table(rows)
+    if any(not job.is_over for job in jobs):
+        _tell_where_no_serve_runs(dispatcher)
     return 0
 
 
@@ -9955,8 +10094,11 @@ def _jobs(arguments: Any) -> int:
 def _job(arguments: Any) -> int:
     with _dispatcher(arguments).job_store() as store:
         job = store.job(_job_number(arguments.job))
-    say(json.dumps(_job_facts(job)))
+    say(json.dumps(_job_facts(job), indent=2 if sys.stdout.isatty() else None))
     return 0
+
+
+_LINES_STEP = 10000  # a long log is not held in memory
 
 
 @_command(
@@ -9968,14 +10110,24 @@ def _job(arguments: Any) -> int:
 )
 def _logs(arguments: Any) -> int:
     printer, remarks, after = _LinePrinter(arguments.verbose), RemarkFilter(), 0
-    with _dispatcher(arguments).job_store() as store:
+    dispatcher = _dispatcher(arguments)
+    with dispatcher.job_store() as store:
+        if arguments.follow and not store.job(_job_number(arguments.job)).is_over:
+            _tell_where_no_serve_runs(dispatcher)
+        begun, is_told = time.monotonic(), False
         while True:
             job = store.job(_job_number(arguments.job))
-            for number, entry in store.lines(job.number, after):
+            lines = store.lines(job.number, after, _LINES_STEP)
+            for number, entry in lines:
                 printer(remarks.line(entry))
                 after = number + 1
+            if lines:
+                continue
             if job.is_over or not arguments.follow:
                 break
+            if job.state == 'waiting' and not is_told and time.monotonic() - begun > 3:
+                is_told = True
+                _complain('job %d waits for %s' % (job.number, printable(job.target)))
             time.sleep(0.3)
     if arguments.follow and job.state != 'finished':
         raise TentacleError(
@@ -9992,14 +10144,19 @@ def _logs(arguments: Any) -> int:
 )
 def _cancel(arguments: Any) -> int:
     dispatcher = _dispatcher(arguments)
-    for text in arguments.jobs:
-        number = _job_number(text)
-        state = dispatcher.cancel(number)
+    code = 0
+    for number in [_job_number(text) for text in arguments.jobs]:
+        try:
+            state = dispatcher.cancel(number)
+        except UsageError as error:
+            _complain(str(error))
+            code = error.exit_code
+            continue
         if state in _JOB_IS_OVER:
             say('Job %d was %s already' % (number, state))
         else:
             say('Job %d is being cancelled' % number)
-    return 0
+    return code
 
 
 def _remote_place(text: str) -> Tuple[str, str]:
@@ -10041,7 +10198,8 @@ class _TransferReport:
         self._place = {'target': target, 'path': path}
         self._total = total
         self._begin = self._said = time.monotonic()
-        self._silent = not as_json and not sys.stderr.isatty()
+        is_dumb = not sys.stderr.isatty() or os.environ.get('TERM') == 'dumb'
+        self._silent = not as_json and is_dumb
         self._width = 0
 
     def _event(self, event: str, **facts: Any) -> None:
@@ -10069,10 +10227,14 @@ class _TransferReport:
         self._show('%s:%s  %s' % (self._place['target'], printable(self._place['path']), text))
 
     def _show(self, text: str) -> None:
-        """Write over the line that stands there; its end counts more than its beginning."""
+        """Write over the line that stands there; its end counts more than its beginning, and where
+        both do not fit, its beginning goes word by word.
+        """
         import shutil
 
-        text = text[-(shutil.get_terminal_size().columns - 1) :]
+        columns = shutil.get_terminal_size().columns - 1
+        if len(text) > columns:
+            text = text[-columns:].partition('  ')[2]
         print('\r' + text.ljust(self._width), end='', file=sys.stderr, flush=True)
         self._width = len(text)
 
@@ -10197,17 +10359,23 @@ def _upload_to_many(
 
         report = _TransferReport(arguments.json, name, path, total)
         with client_of(_pinned(arguments, settings, name, endpoint)) as client:
+            client.capabilities()
+            patience.answered(place)
+            fan_out.begins(place)
             _upload_to_one(arguments, client, open_file, name, path, progress, bar.aside)
         return 0
 
     fan_out = FanOut(run_on, _number('--parallel', arguments.parallel, 1, 1000))
     signals = _stop_at_signal(fan_out.stop)
+    patience = _Patience(settings, {place: facts[2] for place, facts in places.items()})
     failed = []
     for result in fan_out.results(list(places)):
+        patience.answered(result.target)
         if result.state != 'ok':
             failed.append(result.target)
             with bar.aside():
                 _complain('%s: %s' % (result.target, result.error))
+    patience.end()
     with bar.aside():
         if failed:
             _complain('%d of %d failed: %s' % (len(failed), len(places), ', '.join(failed)))
@@ -10225,7 +10393,8 @@ def _upload_to_many(
         'places',
         metavar='TARGET:PATH',
         nargs='+',
-        help='where to; a relative path is under the home directory of the tentacle',
+        help='where to; a relative path is under the home directory of the tentacle; !TARGET '
+        'leaves one out',
     ),
     _PARALLEL_OPTION,
     _JSON_OPTION,
@@ -10235,10 +10404,17 @@ def _upload(arguments: Any) -> int:
     settings = _settings(arguments)
     targets = Targets(settings.home)
     places = OrderedDict()
+    left_out = [text for text in arguments.places if text.startswith('!')]
     for text in arguments.places:
-        target, path = _remote_place(text)
-        for name, endpoint in targets.choose([target]).items():
-            places['%s:%s' % (name, path)] = name, path, endpoint
+        if text not in left_out:
+            target, path = _remote_place(text)
+            for name, endpoint in targets.choose([target]).items():
+                places['%s:%s' % (name, path)] = name, path, endpoint
+    if left_out:
+        chosen = targets.choose([name for name, _, _ in places.values()] + left_out)
+        places = OrderedDict((key, facts) for key, facts in places.items() if facts[0] in chosen)
+    if not places:
+        raise UsageError('where to? TARGET:PATH expected, like web-1:/opt/app.tgz')
     with _file_to_send(arguments.file) as open_file, _clients(arguments, settings) as client_of:
         if len(places) > 1:
             return _upload_to_many(arguments, settings, client_of, open_file, places)
@@ -12225,7 +12401,7 @@ _tentacle_py() {
     *)
         for home in "$TENTACLE_HOME" ~/.tentacle /etc/octopus/default; do
             if [ -n "$home" ] && [ -r "$home/targets" ]; then
-                names=$(sed -n 's/^\\[\\(.*\\)\\]$/\\1/p' "$home/targets")
+                names=$(sed -n 's/^\\[\\([A-Za-z0-9._:-]*\\)\\]$/\\1/p' "$home/targets")
                 COMPREPLY=($(compgen -W "$names" -- "$word"))
                 break
             fi
@@ -12253,6 +12429,19 @@ def _bash_completion() -> str:
     return text.replace('@OPTIONS@', '\n'.join(options))
 
 
+_FISH_TARGETS = r'''function __tentacle_py_targets
+    for home in "$TENTACLE_HOME" ~/.tentacle /etc/octopus/default
+        if test -r "$home/targets"
+            sed -n 's/^\[\([A-Za-z0-9._:-]*\)\]$/\1/p' "$home/targets"
+            return
+        end
+    end
+end
+complete -c tentacle.py -n "__fish_seen_subcommand_from exec upload download targets trust" \
+    -a "(__tentacle_py_targets)"
+'''
+
+
 def _fish_completion() -> str:
     import shlex
 
@@ -12267,14 +12456,14 @@ def _fish_completion() -> str:
                 'complete -c tentacle.py -n "__fish_seen_subcommand_from %s" -l %s'
                 % (command.name, name[2:])
             )
-    return '\n'.join(lines) + '\n'
+    return _FISH_TARGETS + '\n'.join(lines) + '\n'
 
 
 @_command(
     'completion',
     'print what completes the commands, options and targets in a shell',
     'tentacle.py completion bash >> ~/.bashrc\n'
-    '  tentacle.py completion fish > ~/.config/fish/completions/tentacle.py.fish',
+    '  tentacle.py completion fish >> ~/.config/fish/config.fish',
     _option('shell', choices=('bash', 'zsh', 'fish'), help='for which shell'),
 )
 def _completion(arguments: Any) -> int:
@@ -12286,14 +12475,6 @@ def _completion(arguments: Any) -> int:
         text = 'autoload -U +X bashcompinit && bashcompinit\n' + text
     sys.stdout.write(text)
     return 0
-
-
-def _nearest(word: str, words: Iterable[str]) -> str:
-    """A hint at what may be meant, or ''."""
-    import difflib
-
-    near = difflib.get_close_matches(word, words, 1)
-    return '; did you mean %s?' % near[0] if near else ''
 
 
 def _command_of(words: Sequence[str]) -> Optional[Command]:
@@ -12335,7 +12516,7 @@ def _overview() -> str:
 
 
 def _unknown_command(name: str) -> int:
-    near = _nearest(name, COMMANDS)
+    near = nearest(name, COMMANDS)
     print("Command '%s' is not supported%s" % (printable(name), near), file=sys.stderr, flush=True)
     print("See 'Tentacle help'", flush=True)
     return 2
@@ -12379,7 +12560,7 @@ def _run_ours(command: Command, words: List[str]) -> int:
     arguments, unknown = parser.parse_known_args(words[1:cut])
     if unknown:
         names = [name for option in parser._actions for name in option.option_strings]
-        near = _nearest(unknown[0].partition('=')[0], names)
+        near = nearest(unknown[0].partition('=')[0], names)
         parser.error('%s is not known here%s' % (printable(' '.join(unknown)), near))
     arguments.words = words[cut + 1 :]
     _log_to_stderr(logging.DEBUG if arguments.verbose else logging.INFO)
@@ -12508,7 +12689,7 @@ def _run_original(command: Command, words: List[str]) -> int:
         return _show_help(command, arguments)
     if unknown:
         names = [name for option in options for name in option[0]]
-        near = _nearest(unknown[0].partition('=')[0], names)
+        near = nearest(unknown[0].partition('=')[0], names)
         raise UsageError(
             'Unrecognized command line arguments: %s%s' % (printable(' '.join(unknown)), near)
         )
@@ -12579,9 +12760,15 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
             file=sys.stderr,
         )
         return 1
+    if sys.stdout is None:
+        if sys.stderr is not None:
+            _complain('there is no standard output: give one, or > /dev/null')
+        return 2
+    for number, name in enumerate(('stdin', 'stdout', 'stderr')):
+        if getattr(sys, name) is None:  # or a socket would get its number
+            os.dup2(os.open(os.devnull, os.O_RDWR), number)
+            setattr(sys, name, open(number, 'w' if number else 'r'))
     for stream in (sys.stdin, sys.stdout, sys.stderr):
-        if stream is None:
-            return 2  # without standard streams nobody could be told anything
         if isinstance(stream, io.TextIOWrapper):  # and no stand-in of somebody who embeds us
             stream.reconfigure(errors='backslashreplace')
     if argv is None and sys.argv[1:] == ['_launcher']:
