@@ -6972,7 +6972,7 @@ class FanOut:
             self._threads.append(start_thread('target', self._work, queue))
         deadline = None
         while waiting:
-            if self.stop.is_set() and deadline is None:
+            if self.stop.is_set() and deadline is None and self._results.empty():
                 deadline = time.monotonic() + self._limits.cancelled_script
                 with self._lock:
                     unbegun = sorted(waiting - self._begun)
@@ -7013,8 +7013,9 @@ class FanOut:
             else:
                 result = self._attempt(target)
             with self._lock:
+                self._begun.add(target)
                 self._failures += result.state != 'ok'
-            self._results.put(result)
+                self._results.put(result)
 
     def _attempt(self, target: str) -> TargetResult:
         begun = time.monotonic()
@@ -7135,7 +7136,6 @@ class JobStore:
             os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
         address = 'file:%s?mode=%s' % (quote(self.path), 'ro' if read_only else 'rw')
         self._database = connect(address, uri=True, check_same_thread=False)
-        self._database.execute('PRAGMA auto_vacuum = INCREMENTAL')  # of a new one
         (version,) = self._database.execute('PRAGMA user_version').fetchone()
         if version > len(_JOB_MIGRATIONS):
             raise TentacleError(
@@ -7144,6 +7144,8 @@ class JobStore:
             )
         self._database.execute('PRAGMA foreign_keys = ON')
         if not read_only:
+            if not version:
+                self._database.execute('PRAGMA auto_vacuum = INCREMENTAL')
             self._database.execute('PRAGMA journal_mode = WAL')
             self._database.execute('PRAGMA synchronous = NORMAL')
             for migration in _JOB_MIGRATIONS[version:]:
@@ -11677,7 +11679,7 @@ class _Registration:
         server = _octopus_server(arguments, proxy_of)
         space = _space_path(server, arguments.space or None)
         if self._is_active:
-            thumbprint = _server_at(self._address, proxy_of(self._address))
+            thumbprint = _polled_thumbprint(server, self._address, proxy_of(self._address))
         else:
             thumbprint = _thumbprint_of_server(server)
         name = arguments.name or socket.gethostname()
@@ -11750,6 +11752,24 @@ class _Registration:
         server.call('PUT', _self_link(server, existing[0]), dict(existing[0], **changed))
 
 
+def _polled_thumbprint(server: OctopusServer, address: str, proxy: Optional[Proxy]) -> str:
+    """Of the certificate that the server shows where it is polled, which must be the one that it
+    names over the web, where it does so: who shows another one stands between. Raises
+    TentacleError.
+    """
+    seen = _server_at(address, proxy)
+    named = None
+    with contextlib.suppress(TentacleError):
+        named = _thumbprint_of_server(server)
+    if named not in (None, seen):
+        raise UntrustedThumbprint(
+            '%s shows the thumbprint %s, and %s says that it has %s: somebody may stand between. '
+            'Nothing was registered' % (address, seen, server.url, named),
+            seen,
+        )
+    return seen
+
+
 @_original(
     'register-with',
     'Register this machine as a deployment target of an Octopus Server, and trust that',
@@ -11818,14 +11838,13 @@ def _register_worker(arguments: Any) -> int:
         return {'WorkerPoolIds': _ids(server, pools, 'worker pool', arguments.workerpool)}
 
     code = _Registration(arguments, 'worker', 'workers').run(details)
-    # A worker has many calls at once; who has set a count, keeps it.
-    count = str(max(5, os.cpu_count() or 1))
-    change_settings(
-        _settings_path(arguments),
-        lambda values: values.update(
-            {KEY_POLLING_CONNECTIONS: values.get(KEY_POLLING_CONNECTIONS) or count}
-        ),
-    )
+    settings = _settings(arguments)
+    if settings.polled() and not settings.values.get(KEY_POLLING_CONNECTIONS):
+        # A worker has many calls at once.
+        count = str(max(5, os.cpu_count() or 1))
+        change_settings(
+            settings.path, lambda values: values.update({KEY_POLLING_CONNECTIONS: count})
+        )
     return code
 
 

@@ -14,6 +14,7 @@ import concurrent.futures
 import contextlib
 import ctypes
 import hashlib
+import http.server
 import io
 import json
 import os
@@ -35,8 +36,10 @@ import subprocess
 import sys
 import threading
 import time
+import urllib.parse
 import uuid
 import zlib
+from xml.etree import ElementTree
 
 import pytest
 
@@ -5304,7 +5307,7 @@ def test_a_database_that_may_not_be_written(tmp_path):
     assert done.returncode == 1 and 'jobs.db can not be used' in line and 'may write' in line
     assert pathlib.Path(home, 'jobs.db').read_bytes() == before
     code, out, _ = cli('jobs', home=home)
-    assert (code, out) == (0, 'JOB  TARGET  STATE  CODE  AGE  NOTE\n')
+    assert (code, out) == (0, 'JOB  TARGET  STATE  CODE  AGE  SCRIPT  NOTE\n')
 
 
 @pytest.mark.parametrize('limits', [{'job_lines': 10}, {'job_characters': 10}])
@@ -5493,6 +5496,34 @@ def test_a_tentacle_that_loses_all_is_not_stormed(tmp_path):
         assert len(asked) == 1 and len(store.lines(number)) == 1
 
 
+def test_dead_hosts_hold_up_no_job(tmp_path):
+    """More of them than there are threads for all others."""
+    ended = threading.Event()
+
+    def wait(method, command):
+        ended.wait(30)
+        raise tentacle.NotDelivered('dead')
+
+    clients = {'dead': FakeScripts(wait), 'host': FakeScripts(lambda method, command: DONE)}
+    with faked_jobs(tmp_path, clients) as (runner, store):
+        for number in range(40):
+            runner.add('dead', HOST._replace(uri='https://dead-%d:1/' % number), 'x')
+        assert over(store, runner.add('host', HOST, 'x')).state == 'finished'
+        ended.set()
+        eventually(lambda: len(runner._threads) <= runner._THREADS)
+
+
+def test_a_long_log_is_taken_without_pauses(tmp_path, monkeypatch):
+    """Also that part of it which is not kept."""
+    entries = [tentacle.LogEntry(0, 5, 'x')] * 10
+    answers = [status_of(tentacle.RUNNING, 0, entries, 10 * i + 10) for i in range(50)]
+    answers = iter(answers + [status_of(tentacle.COMPLETE, 0, [], 500)])
+    clients = {'host': FakeScripts(lambda method, command: next(answers))}
+    monkeypatch.setattr(tentacle.JobRunner, '_PAUSES', (0.0, 1000.0))
+    with faked_jobs(tmp_path, clients, job_lines=5) as (runner, store):
+        assert over(store, runner.add('host', HOST, 'x')).state == 'finished'
+
+
 @pytest.mark.parametrize('retry', [False, True])
 def test_a_job_that_its_tentacle_lost(tmp_path, keys, retry):
     go = tmp_path / 'go'
@@ -5584,6 +5615,297 @@ def test_jobs_outlive_a_serve_that_is_killed(tmp_path, keys):
     assert process.wait(20) == 0
     process.stdout.close()
     agent.stop()
+
+
+# -- proposals of the mutation round
+
+
+def test_a_job_of_the_older_service_is_begun_once(tmp_path):
+    """After a kill nobody knows whether it was; and the ticket of one that was is kept."""
+    asked = []
+
+    def answer(method, command):
+        asked.append(method)
+        if method == 'StartScript':
+            return tentacle.ScriptTicket(task_id='theirs')
+        assert command.ticket.task_id == 'theirs'
+        if asked.count('GetStatus') == 1:
+            raise tentacle.ConnectionLost('cut')
+        return DONE
+
+    client = FakeScripts(answer)
+    client.capabilities = lambda: []
+    store = tentacle.JobStore(str(tmp_path))
+    (number,) = store.add_all([('host', HOST)], 'x')
+    store.change(store.job(number), state='sent', service='V1')
+    store.close()
+    with faked_jobs(tmp_path, {'host': client}) as (runner, store):
+        assert over(store, number).state == 'lost' and not asked
+        assert over(store, runner.add('host', HOST, 'x')).state == 'finished'
+    assert asked.count('StartScript') == 1
+
+
+def test_a_start_whose_answer_is_lost(tmp_path):
+    asked = []
+
+    def answer(method, command):
+        asked.append(method)
+        raise tentacle.ConnectionLost('cut')
+
+    client = FakeScripts(answer)
+    client.capabilities = lambda: []
+    with faked_jobs(tmp_path, {'host': client}) as (runner, store):
+        job = over(store, runner.add('host', HOST, 'x'))
+    assert (job.state, job.error) == ('lost', 'whether it was started is not known')
+    assert asked == ['StartScript']
+
+
+def test_lines_that_come_again_are_kept_once(tmp_path):
+    entries = [tentacle.LogEntry(0, number, str(number)) for number in range(3)]
+
+    def answer(method, command):
+        if method == 'StartScript':
+            return status_of(tentacle.RUNNING, 0, entries[:2], 2)
+        return status_of(tentacle.COMPLETE, 0, entries, 3)  # from its beginning
+
+    with faked_jobs(tmp_path, {'host': FakeScripts(answer)}) as (runner, store):
+        number = runner.add('host', HOST, 'x')
+        assert over(store, number).state == 'finished'
+        assert [entry for _, entry in store.lines(number)] == entries
+
+
+def test_jobs_that_are_cancelled_late(tmp_path):
+    """One that is over stays so; one that is lost meanwhile is not begun anew; a second time gives
+    up one whose tentacle has left.
+    """
+    there, asked = [True], []
+
+    def answer(method, command):
+        asked.append(method)
+        if method == 'CancelScript':
+            return status_of(tentacle.COMPLETE, tentacle.UNKNOWN_TICKET_EXIT_CODE)
+        return DONE if command.ticket.task_id in done else status_of(tentacle.RUNNING)
+
+    done = set()
+    clients = {'one': FakeScripts(answer)}
+    with faked_jobs(tmp_path, clients, lambda uri: there[0]) as (runner, store):
+        running = lambda number: lambda: store.job(number).state == 'running'
+        number = runner.add('one', ONE, 'x', None, True)
+        eventually(running(number))
+        runner.cancel(number)
+        assert over(store, number).state == 'lost' and len(store.lines(number)) == 0
+        first = runner.add('one', ONE, 'x')
+        done.add(store.job(first).ticket)
+        assert over(store, first).state == 'finished'
+        assert [runner.cancel(first).state for _ in range(2)] == ['finished'] * 2
+        number = runner.add('one', ONE, 'x')
+        eventually(running(number))
+        there[0] = False
+        eventually(lambda: number in runner._absent.get(ONE.uri, ()))
+        assert runner.cancel(number).state == 'running'
+        eventually(lambda: number not in runner._planned and number not in runner._at_work)
+        assert runner.cancel(number).state == 'lost'
+
+
+def test_old_jobs_go_while_it_runs(tmp_path):
+    clients = {'host': FakeScripts(lambda method, command: DONE)}
+    with faked_jobs(tmp_path, clients) as (runner, store):
+        runner._keep = 3600.0, 5
+        runner.add_all([('host', HOST)] * 100, 'x')
+        eventually(lambda: len(store.jobs()) == 5)
+
+
+def test_so_many_jobs_are_kept(tmp_path):
+    store = tentacle.JobStore(str(tmp_path))
+    for number in store.add_all([('one', ONE)] * 3, 'x'):
+        store.change(store.job(number), state='finished', ended=int(time.time() * 1000))
+    store.close()
+    cli('configure', '--job-count', '1', home=tmp_path)
+    with serving(tmp_path):
+        store = tentacle.JobStore(str(tmp_path), read_only=True)
+        eventually(lambda: [job.number for job in store.jobs()] == [3])
+        store.close()
+
+
+def test_a_job_that_is_refused_has_failed(tmp_path):
+    def refuse(method, command):
+        raise tentacle.ServiceError('no such method')
+
+    with faked_jobs(tmp_path, {'host': FakeScripts(refuse)}) as (runner, store):
+        job = over(store, runner.add('host', HOST, 'x'))
+        assert (job.state, job.error) == ('failed', 'no such method')
+
+
+def test_a_job_whose_tentacle_leaves_at_its_end_is_finished(tmp_path):
+    there = [True]
+
+    def end(method, command):
+        there[0] = False
+        return status_of(tentacle.COMPLETE, 3)
+
+    clients = {'one': FakeScripts(end)}
+    with faked_jobs(tmp_path, clients, lambda uri: there[0]) as (runner, store):
+        job = over(store, runner.add('one', ONE, 'x'))
+        assert (job.state, job.exit_code) == ('finished', 3)
+
+
+def test_after_a_restart_a_slow_tentacle_delays_no_other(tmp_path):
+    store = tentacle.JobStore(str(tmp_path))
+    slow = HOST._replace(uri='https://slow:1/')
+    numbers = store.add_all([('slow', slow)] * 50 + [('host', HOST)], 'x')
+    store.close()
+    ended = threading.Event()
+    wait = lambda method, command: (ended.wait(20), DONE)[1]
+    clients = {'slow': FakeScripts(wait), 'host': FakeScripts(lambda method, command: DONE)}
+    with faked_jobs(tmp_path, clients) as (runner, store):
+        assert over(store, numbers[-1]).state == 'finished'
+        ended.set()
+
+
+def test_jobs_are_on_the_disk(tmp_path):
+    """Ahead of a number that somebody gets, and of a start that may not be tried twice."""
+    written = []
+
+    def start(method, command):
+        written.append(method)
+        raise tentacle.ServiceError('no')
+
+    client = FakeScripts(start)
+    client.capabilities = lambda: []
+    with faked_jobs(tmp_path, {'host': client}) as (runner, store):
+        store._database.set_trace_callback(written.append)
+        number = runner.add('host', HOST, 'x')
+        assert over(store, number).state == 'failed'
+        store._database.set_trace_callback(None)
+    full = 'PRAGMA synchronous = FULL'
+    text = '\n'.join(written)
+    for action in ('INSERT INTO jobs', "UPDATE jobs SET state = 'sent'"):
+        assert full in text[: text.index(action)].split('PRAGMA synchronous = NORMAL')[-1]
+
+
+@pytest.mark.parametrize(
+    'text, seconds', [('90s', 90), ('30m', 1800), ('2h', 7200), ('7d', 604800)]
+)
+def test_durations(text, seconds):
+    assert tentacle._duration(text) == seconds
+
+
+def test_states_of_targets():
+    outcomes = {
+        'cut': tentacle.ConnectionLost('cut'),
+        'refused': tentacle.NotDelivered('refused'),
+        'stopped': tentacle.Cancelled('stopped'),
+        'bug': ValueError('bug'),
+    }
+
+    def run_on(target):
+        raise outcomes[target]
+
+    results = tentacle.FanOut(run_on).results(list(outcomes))
+    states = {result.target: result.state for result in results}
+    assert states == {
+        'cut': 'lost',
+        'refused': 'unreachable',
+        'stopped': 'cancelled',
+        'bug': 'lost',
+    }
+
+
+def test_nothing_is_begun_once_it_is_stopped():
+    begun = []
+
+    def run_on(target):
+        begun.append(target)
+        fan_out.stop.set()
+        return 0
+
+    fan_out = tentacle.FanOut(run_on, parallel=1)
+    results = list(fan_out.results(['a', 'b', 'c']))
+    assert begun == ['a'] and [result.state for result in results] == ['ok'] + ['cancelled'] * 2
+
+
+def test_who_leaves_the_results_has_the_rest_cancelled():
+    def run_on(target):
+        return 0 if target == 'a' else int(not fan_out.stop.wait(10))
+
+    fan_out = tentacle.FanOut(run_on)
+    results = fan_out.results(['a', 'b'])
+    assert next(results).target == 'a'
+    results.close()
+    assert fan_out.stop.is_set()
+
+
+def test_one_that_does_not_answer_holds_nobody_up():
+    ended = threading.Event()
+    limits = LIMITS._replace(cancelled_script=0.1)
+
+    def run_on(target):
+        fan_out.begins(target)
+        return int(ended.wait(10))
+
+    fan_out = tentacle.FanOut(run_on, limits=limits)
+    timer = threading.Timer(0.2, fan_out.stop.set)
+    timer.start()
+    (result,) = fan_out.results(['dead'])
+    assert result.state == 'cancelled' and 'may go on' in result.error
+    ended.set()
+    timer.join()
+
+
+def test_a_target_without_a_proxy(tmp_path, monkeypatch):
+    (tmp_path / 'targets').write_text('[web-1]\nthumbprint = %s\nproxy = none\n' % ('0' * 40))
+    monkeypatch.setenv('HTTPS_PROXY', 'http://general:1')
+    targets = tentacle.Targets(str(tmp_path))
+    assert targets.to_call('web-1', targets.find('web-1')).proxy is None
+
+
+def test_a_known_subscription_is_for_its_thumbprint_alone(tmp_path):
+    targets = tentacle.Targets(str(tmp_path))
+    targets.pin('one', ONE._replace(thumbprint='A' * 40))
+    trusted = tentacle.TrustedPollers(str(tmp_path), ['B' * 40])
+    assert trusted() == {'A' * 40, 'B' * 40}
+    assert [trusted.pinned(uri) for uri in (ONE.uri, 'poll://two/')] == ['A' * 40, None]
+
+
+def test_a_call_of_one_that_left_is_withdrawn(tmp_path, keys):
+    with polled(tmp_path, keys) as server:
+        relay = tentacle.Relay(str(tmp_path / 'sock'), server)
+        relay.start()
+        path = str(tmp_path / 'sock')
+        client = tentacle.RelayedClient(path, ONE, keys['server'])
+        thread = threading.Thread(target=lambda: suppressed_call(client))
+        thread.start()
+        eventually(lambda: server._subscriptions)
+        for stream in list(relay._streams):
+            stream.hang_up()
+        eventually(lambda: not server._subscriptions, 3)
+        thread.join()
+        relay.stop()
+
+
+def suppressed_call(client):
+    with contextlib.suppress(tentacle.TentacleError):
+        client.call('IScriptServiceV2', 'Nothing')
+
+
+def test_a_call_over_the_relay_that_nobody_fetches(tmp_path, keys):
+    with polled(tmp_path, keys) as server:
+        relay = tentacle.Relay(str(tmp_path / 'sock'), server)
+        relay.start()
+        endpoint = ONE._replace(queue_timeout=0.1)
+        with tentacle.RelayedClient(str(tmp_path / 'sock'), endpoint, keys['server']) as client:
+            with pytest.raises(tentacle.NotDelivered, match='has not polled'):
+                client.call('IScriptServiceV2', 'Nothing')
+        assert not server._subscriptions
+        relay.stop()
+
+
+def test_nobody_but_a_person_is_told(monkeypatch, capsys):
+    monkeypatch.setattr(tentacle._Patience, '_SECONDS', 0.01)
+    patience = tentacle._Patience(None, {'web-1': HOST})
+    threading.Event().wait(0.1)
+    patience.end()
+    assert capsys.readouterr().err == ''
 
 
 # ---- 18. Configuration ---------------------------------------------------------------------------
@@ -5826,6 +6148,705 @@ def test_pinning_keeps_the_rest_of_the_file(tmp_path):
     )
 
 
+# Of instances that the original (Octopus Tentacle 9 on Linux) made, on a machine with the
+# machine-id of `Machine` and on one with a machine key file: its certificate as it stands in the
+# settings, the thumbprint, and the proxy password `p@ss word`. They guard nothing.
+ORIGINALS_MACHINE_KEY = '7QkTd8kGo6o2+s2rmZ4B1S+l7o+cEG4JUOqeqr/434w=.0lVoxxlLTfFQqbGXuXBIzg=='
+ORIGINALS_INSTANCES = {
+    'machine-id': (
+        'MmKiLUVxo3btvVf4sF5Y6Q24wC8iV9EbHB+WSGW7M2d2YLzU6LffHxvc1YKZ5FjF58FckUMHEpRpT9nuwR8SoY44Ox'
+        'aaNLDjw95238uvTXbqoEtufqIyvMmv3U/XOEGSrsmJJegDqKoDXX3bq4J8UF4DvTflFqRmUYvXPR3uXB3s7PFGsdSG'
+        'tuLoPnCdf1oKB/NijK24ZN5leLW6cwPREL9y6fN8N40pLwsb1FWiaBKZNOczqzkcDlYQTc10s0KUbZCSzD/ivfN7vy'
+        'RKhNOImzXhT8/ml3P66OU7ATFhQzBRmZQRaoAEoKv8ECrrrq8dCsK+4RaR++jyaCQP2z4a6UVG4j3I2HsNtPrLnVR1'
+        'Dp48kmj5nvciuUpIA6zevGiz68uKcy+nm/4X0pIZwE0URTuPfWVrsiCZxwYaMokcxjXTdAeFb+bXfRnGx2WshW5HNE'
+        'z86v1RdwT78IX6wRXPFgIkokVRBRSTGNoa7iwF/tfaGcS66kh0BGebH3AAXmwdaMw8WON+ycEvePGtxKuB2O7P2a/i'
+        'OxfYCG9FBmZwKtcsLuTTbrfg9ZHpCt+NL/UTX3TTE3P1UgAORzRWS4xd/m+ua6kHMgL+tRd9gqVPU1Gv5udlAs/n0M'
+        'tv/fDNpJ6uQIVcdypGPJ3dU1mtDB5pnzXGPbisgk1KjihMVs0KKiel1wJxfPiNxH3n5qhAtyc/aONGRDsh6TN1VVSr'
+        'Fn+Ch7J64Nj3zdvhnkIDa5Azj1Ui4sphOSyPfVKSnqr/78YCuuKCXDQcwFEP0RlEme+PUWuoUXVHE0jAyRk5Dn7SiV'
+        'pA9nTZh8SnfB5mcKUMpuGIrX6AxGhmFnZkcnDH2TlIsMDE/asqebBdl1y71rKp4a2dHx7bYQiEwPLoMLCl8VGqcJtd'
+        'ycu/Kms/mnOiI8S5NnE1tVtTdX9VQTP4xKO/Hl0RvxZQNIbEYJ0pC5kIhQiRQtX7qnKREzufjrn1MuS/k+o1dJxM4x'
+        'w8BGKdBDG5JUtGLVunbIrDM/WRKxUUIcXwbwKx8GoQ+05YO/bz3NCEAP7LPRM6ulqV61KiXI+Z3jg/5N3sPEoWKmBQ'
+        'YBVl4CSdvgjmzqNs0PhP/OHcppKHRvmgaIMhxeMo2Vg+R/fgg/uWrHLwsvNWnJ2g7jX2GzYoj3JGDfhdxNj89pbqQM'
+        'DBnWfPBf7k7UecEGdRgKvWUhRi0CST8J1nkqyYL/peHjLuRPIH72odFZdrFSBqCx8YKdn1UBRmGJsDmb4lRemX0lAB'
+        'eVPshPin63TnaIO3SZ6rGlVWnZsfI5XhepvdoBnnQG0BqowX7gavrj4c8+3dX8a1wq1wle8QvaC1aiX26+pm2rbyJF'
+        'S3feU8fTRy+kN2gZD2hb0o1YUOJmpZedtswI1q/jxRijKK8pMHs1iowLD5qIQvhCLPc4gVucK1VUA2S3eAsI9guNse'
+        'DEbV7mrQUtOjjnE+LXxE7K7j2lUJXzidgZOKhc5amHRpGOluum4v1JS4+d/26VCrxbL9LNGmrrTA0fWe5YRqGscUp7'
+        'Ty0h97Zl4f0bNfVvwxOUluGwRTaVv8EU7eAaVMg3Q3BHFt4WItIvoHARq6KfcFpxZYH4hAbN9qdRUkqamiCveb8azj'
+        'Qpnv62Kbl2jdDa/o51nKQiXtyQ0DWcTOjP+2hMsAcnRkYWqForuIPwCxcl/McL5RrwwQo/Tcw18qYiHK7B1zHGHaoS'
+        'GG3iSmIXlzLbBhpW/kz8KEO9FF11pNLRVIjgt579CZHgbmxWjaTCOFG4iUZ1l36c+y14h40Rb3fMPB8aYbtv1ZRvqa'
+        'i2DNPBIzG5rPGXn4ZdFgeWnjPU0AM3dru2S2+aQggxd7GPKvpL8pwF58YPB9H6SmEmZajzf0rgxyZiEXq7ydMmwCVr'
+        'cW7AUPFfVOocSrpohE93DoYoTEvRziMb0dMPpoIJd5/GFa0lIFYABChpNaGsVb+YBg0a7laMMiE7zuzY7NmuDWoVQO'
+        'RDhvTZscM2SC/8hrWAEswsroKY0ZlyOog1wWsMoyl86Zt7zHCNFtOShHwWF8gV7R8SuBVphE5ED78A3M7BJz0b03bo'
+        'nSa+se/28F1E8wfbAlOKkPOO7yZruaZzz9DDiFs5VB8NT4DmlSsQhzTET65P168v2kOpRw0g1qG2+Ejwk3yhE6uzU5'
+        'fNz4+QcXu/nTrEbmMyVe9YGbwqNCdbojLblE+CTpz+fM/9imLAgDI2auXzS+3rkSI8F73Wsd46fFrWvo8TXHKbi1w+'
+        'PqPjaoarklIedkuxqiM6bRuSf9FxqF+/IMYrU8EGu1nraXf5IzlEgu0t/bsb6TB6uB2Mbgsz7DVOyib3jrrmnKk2YS'
+        'kPxBLU1sftlRo04Wspc1HpmdxeaD3+VteWNDGhLDK7fJgLpNQHcx8APHdz3tgG2a1I/pyhADFy0/CgMmAfBkAOWDGr'
+        'rAV3ezbtNcv2kCaxQk72A8WjVbH6/rY5R/oJBrz28u3tv+x+WCoM1i6YkqjC/49rI25Td9jlaQubZ5H5ySu/CS7kX4'
+        'ywHGZHgeEDRSNaxyCrW5CJQI1MGGxarEON4SKi8At1bP/1HuwXmNwFtPF9hG5zn8NDY9lrDbsTHM9QNqNaSPtBIoPW'
+        'EYqOcuqnvuqHtknYh49V77Cy/AOdv/FmTA+mtvzNqzpNbiTPPMBXUBbsysk+aijEfkuvr4/jBf2GxJX7Jy9nBmHFKt'
+        'vnYqPeKW/dgZfrj8CwfZ02CxdbzoJMeL9w3lgBNv2S/f8emuv4VSRggLZcDc3/cPKS9q6MwzulqJwPIp18fl5y5NQu'
+        'RNDlpEa87aG2nUcSYpLhSI8o7hteCT75bVw+luKex5MC4d6PnPJv7JpQ7r8PoS87FRk+vROBCGNdz5qgw3OuQLbscu'
+        'k6hHsqJ/0mIi+BY+Vnq6OGikAiLV5YwFs/pnB4+HqOrA0+Uaca+XHWeyE7FhEQXTynSf7faOYGqCKHyfBxEB1WcUMp'
+        'mVJUR3+4ZkyR+E3CArlxIR2GOHpQPHxHr19WXACXKelejx4MmK2xAeUFGNLjfHHSr/a4PMB+BXujR4Yhst5Cwcnx7J'
+        'IfiL8SkNFUqRYnjozK0rKsFsheYW/KFuZm1M7XhZLy438zyx3qDUNxZXMcpLC8sJkqpTi0l0EWdThMUlD7gEZKn2Vu'
+        'WMFZLVgUWReWZxnazITBFDrw7NnEy7kynCI1HJm6wHHa3LIfDCqJuQgI450mA8sptB6xdeqQGhmE9q2BteAQ2z+SVE'
+        'JGj0cZzZhRiYCNv1RWXThVpArDy0JcvYbWV6YO3OIU+R6dRGwmWxZKEWIk7kbDcA1p0rHScNSUSHIAiZB7a2v5Z1LY'
+        'WpTe9RkbIRSzIcskP5hhE4UaPN7wopTrpiMSDIOnkyxLfwolEZ5akGu9KfrcR3Dnw2tIaumf9QHmu8W5RZz4ppd5cH'
+        'LMgM6L+snujNCK5Q0oeimoRKQNBd/jL+pudMnqt+NhX+/d0EWgINMfoA98yRHvLCkqzEEIFS0/G8lxbY56FRAAKdR+'
+        'KLONRuSAI1aa1B4x+ldnbhr7pZT8vfgSrB2I59o0/je2xjLv983dpw70a5BcYCFoi3ph1OMnbwXcpcoBDiI6y5G0E2'
+        'umreUJHyY77q54Oeo/qG8gCaGrQR2srW2qFXokmr/3XplispUGdUKtxyJr3JCN39sBLTZA1GQu1JD9qkt0mv4i/ENn'
+        'JEvlGG/zhYkQN3/ukjZiQe8vdkbt91yBderrQ88WIkB4X/8Dm7sE48k2khYOcyfijcFZrKi+IQiTmF/0qbFpKIyNgX'
+        '7UkCYxso2rWHY2jKOQEU3TQFDPR/r5m7I00/5uxOIpYZcN40M/RknoJmiLJsbNXSMzna/+wP8S0gkHfPE7XWCc6K94'
+        'DFv/cd7h7xbeEcMuSGMjB7FD5Ng7WBLHglQfEzsZ3dfCc+kL3HVvJmBJp4sFLtWu6bvDEwH+dTmna3SmFCGhCqR2uo'
+        'dsbm4ndolDfzWG3qKO1lwb0Yamit3T/f8kwP0bhqbkXPLdbQ+bfI4y7r17CnsAymnBjb0+9kyI7wd196v1VQob991i'
+        'eUk0GiebIKFOPVHRGQHE7mC6bLKlGkKIDNgj8FoHuhrfkG',
+        '6D7A63503024C1F8CBD8B6EDCAFCD6C84726EFB3',
+        'IoaKgZTA7Ef4PQzgvWV0zA==',
+    ),
+    'machinekey': (
+        'JJILoffVgMdrId0b+558QbPQvI7zz5GZ4boLK+Anlii0qld/O1ia9aze7ysACWphwJtrMOHVmDIavmuFfbepCTK+Ry'
+        'THuhNP9tMi4nVCgPaUv+Uf81zZSOcJqlE17TeikD4K/Xr/TNies2rhIX2EPQtRKqq0XTBkdkmgqNxTvHqxINBpkuUG'
+        'FWC2V1A+9Ib3R1tr22ccXIIf5P2ARXowseqSKzVp+uG7mK/z1jN0YA7ZxNu2dKKKugEP79YM4XFVyhSztgA4wS3FcD'
+        'Xxf8znhHcx1k8koPVwSIxkWwpC/uw76mwxERRrqO79fqThKNiGWcst0/wyCSRyBDueiaUjf6YfgHd4WPmiJPqehXYN'
+        'ftkCR2m3vUDDs1B4j9JL5N/SkoclMC78PkEZlxaUl7GvCXxFOKcGUzaRortKlGf5ZaAMsSjNH8AJdYSxRVzAyQbgqe'
+        'mhFkD9U9SeGHo42XT4StLezUTRkzQSuj8glAzKAhYCkIL9kchRWzKy8UI3jLDcM2geD/6WnFp2gb6TJJxLrsGxjXLx'
+        'OoTsTUNGKrbs1Lkvsl0nBS9BJW026aaCziBRD6lxABpZ1MSx40cl3eku82hAsDUFzfU0L+VAw+Ny0iTFpHSOOGC6LO'
+        'pbO+nmE7f/84tQgZ550snPncSvViNDLtjS2x+Jx0pBVWLYlVVo2xMTyPxK8SExsM9L4LEv0QVLGqxHKsI0F3yNXFOF'
+        'OnLTzZWKnB3DcpBEcvS7MlBf0131Wrp3TnynUz9DuLbTpRWcnVDdlP+hCJlJnMRhDrWEqS+3dOSuXY3qsrkopAAwaf'
+        'XtE5LtmCcu/k0o+x19ofpaLMzxBVH1i77A1mNWTlg1C4D9fl7ztIkgPQw2WeexW4cTBwyfcvLInmKqIpVi5hHdGnes'
+        '9ASUsOZqMl2sR57MpavtWdzTGrezClzCauBLMPbIGunw/l69FrOHo+DJj+s+GJs4ZOAChmYID2/A2LBDUBsfcJa8g3'
+        'BOOwJmG2gwmaBwBFUeAa+/B/EquQ5PUvRMnJgo2C87W+5xYK0UX+dzKVWCO0X9d+wTSd58DJoRXSnioka/JKMwvBPk'
+        'YzarcK10snp7czUCk/IHfO4q82Hgnb6vNZzoqi9iAFsdkKKZ6U3fLEi57W2vCGRaNjWJqiW/RYOgMhyZwBiVLxVVRj'
+        'xrZ6NlRwfOaLQ+G3ksn1Wki0gTMJq1jsnHK1STUwg+v5kzUeyEyMkYFyTq9Jr8iMZSHH0DTsioxqhGtPBaR5urGMQv'
+        'NQ2eJa1TdN2RK9XczP7khNaKSrGHMpD5uJyWrcf5ymoDKRdxuF6AD81ys63kOJnOkGQmy0AHe5rsycGzVOZtuV0aPV'
+        'vnUVxT0G3ENIgcyYAZ7nbdW/kf+YyWu8ptn7JKBmvWYU7wcfwuaNvVAT7SFN72MqHyZ8Ju5Jg5JnNXiJDu3WKh+FxU'
+        'e+JQ2mCpj0f1GfOt7nvoofNtO/w5h7cVGA+HMVjZrLva5gQtKQwjw7GLpW+9KRuLFSPuFvQckg1yvknV6tcXPCnVzm'
+        '6/gAaS7WY3PCmcD0fTveqgBYoV17mjtE1TCLv7h66TqNVhQgJES7tQp/nyrZFipEd41+0Zh/4OIFqvb5K8B1oRQJqW'
+        'ToH4sasNim70FlWbQJt+tL8jIsocicp4NjR5cNWc6cSEwPRSugqNoQzCIir+pMuHwQxCFR3BARg0GRFsxZYVd6zGCW'
+        'utjNO6yKaaI1x1Lp0Q49RveIHM9R/jU+APraR4cxgSOEeLmm9mZVFF/rQpzsiMe1nvoyTks67gEvWEdMysUaLR9zgr'
+        'jSvz165LyAe7NeHe6zSvQ7J6zu8YReCtHf8YPJ/o4XY4MxhGGvCDtAhc5rPWBS1anF99Sq/IL3K/Wo5k81hMjebO8k'
+        'beQea53+qCwzLsq7S/ziIWiThqJhqAk/idlTFALr3M+25MSsAzRZjYIDSePgSAIR0qqlAkaCAgeNTsfSWsmis4Jkp9'
+        'pX3QVbfVsX5wTny2BqmdMx6wDOBETsAy+zHbgF4wBLbayJu3oYk/QWyApYdDlRxUSJECgu18of/q5MDqjG0Q556O5R'
+        'VtgHWhTrEZWRDRjyuqx7yACo9QuynGO2A7TErTF8pp6EwpDOaqoni78NLA2nhBsqHsys+bIbDjppYQQJRo3tCf27F3'
+        'cXy5xRYzmA2rU4zIrxtQbbtEbQOgYh2u9dLf61QwvVdVeiTtfg92DB2ZM/Gv1RF3C6hx2Fmew0OCy81lCwgbRH7Xs7'
+        'G+j+KfcOmbmakFji2H/HlgcLSvIVFeHynLKBmBv5oeJlRsZT7VUp0GHnh7qdSM7sB9XyMLuz0vonbCsdiqbo26oTGt'
+        'avjtdIxkElussu1dPCGkZhbCrCTJEssQuXjQDTaY4bchuIccTeov2//Zpl6SEry8zwwOd5BzvuASRlyOqycfDLTUZy'
+        'UyuLQmlzBc4mptgiTAhBFliW9GottwfposZXMzmQoZceWq1gQIkwL714YRXljmldveJgzyjVkDc9Uy1fZtJmtfFJjq'
+        'GIp7LyfG+YaA32CawlrrOyAFfZdtcLZs+veSEolFBLluorVl8s33bCoL4MQVJEkx5l0J2Z6T6aHG9jK7cuv1N1NnNN'
+        'u9NuTH9LYTYZ1noy5nTelHQTOqz6dAk7pq4SkZoUJLw2dqlzv35f5YsxM574tQUEwCs6MX9aU9QVyR+rjnZIdKGcMl'
+        'LZvB+wrMyEd6MBKpWEfMRLuKGS7/VyWiMSsY1wxhjO9MuFDRrJZD2k6dO5/omSb7lq36yZrY41KAu0an08FNgvxerx'
+        'N/AEyorOP/a8unB+z7SPTYI8S7jTYpQKwYiPE8/MVjsxQY3a9hphShk3S/qbSgurqD6aBG8IRujyWJnpfFJtYAJa/v'
+        'GoQySJZPb41RG6Ml9gmauXYLK9wiaDUd3DjDAV3poWmMfiCrZobXebP45Pa9ysNwrIedjU+7mEdNA8yVfwcl12mEuB'
+        '5aOkM9ZGdBK9gQn2LjcZ/vehhnYCHyBmDAI9CrKQz2dMHz7MK/b2AydYBsV7JO7l1EiKuMVDZcQsvRUyscTVin0mRX'
+        'SGEeD9MI7rNr/p6hIjd54fKX/AymPIg+F+QP/Zw5ASe0dsnLCs7gWs1p5aycbwHa03h8zvlB5FDATA9m2J0BDn4ryP'
+        'zWxJxL8ZxBwtRrxoqjQLwHfCpWknQavQJQRW0R37CcImMqC92B16kf1mf+mipyI3MskcZ0OKX+gyQttpHjGvwds9Pj'
+        'Zzslf6LE0EEU8DDBSu4/V55lPpnQPm6NQGqFjwvXGQbjbYYsRhm1K4IliV1UqicgWTDs15rDKdLlrB+5lxmKwndubE'
+        'f8IxcMTm8ME0G7Oq/uzcnmDX+xyXwclioHtDA7Rpytn8bdKsziKJWPxe5rb5FyLi/p2328ADQvmrKwfkBYRIGA3mfc'
+        'HDYrfVCcEAC1DfwNhSWQDc3za9hhTtkTys2RLt7BHHgrjPuwtRslKKZ7AKzoyX1T/KAjI1T9YTE+afOat1osdrhw8x'
+        'jOxWfkUHs4OLaS+khRxPiypkgPzcz5wjIL4390IsplW8ytuBY8eEwGGQiDSOLqZZ5/Mb+AoYSPRhvppdqAFOZDfeS7'
+        'ikfGcZXsYITyMUo6Ott/60SxKI9ma/EEHpLOhnLjM9KlNnT1ObqqHHX4U03R87at/E3J4Q70ezYWWkB1d4+9qooQ6q'
+        '14Og3PGFBPNJGbDwJlhV4d2xdtRPDZYmvfnUQdfoWNkuBkccFOnVsWcK3CEETwW3U+1bV5XdJIeNEiopMeyv55RkeA'
+        'aVh3pu8FSi+Ng7IgaWBZgSS8qTyHDLLYC+OZdm53Kst8ERdsPQn3W0pghUoqAu7oU3bag3/ov9RQOiT+VjrFU9qg0W'
+        '25EVaHDLqfQtZnJ8f125jegtgmYAT4sdC+eS//3OoUsROVwYwCnlZEEiVddFQCEVYkKXORM5FB1pFmZu9OkDf3VxQX'
+        'C5HhzWwjHOzKDKPUZF2x9hVlLdm8MUYkvgvvK/RWM/4QpQZ6RpXfIy731ziW9PRtuJAmDoxnapw7igyYevDOcWchpb'
+        '9HYY+G47+9tw/JZW0Gf6rRUS9FYVgFJ7h624PDyNPNyOFQ',
+        '6CD445BA66108F77287CC6E1ACCB23495280454E',
+        'OfIsPuvTnVizItO+dNaDMw==',
+    ),
+}
+
+# What its `new-certificate --export-pfx` (password `pfx pass`) and `--export-file` wrote, in
+# base64; the latter is base64 itself, behind a BOM.
+_PFX = (
+    'MIII8wIBAzCCCK8GCSqGSIb3DQEHAaCCCKAEggicMIIImDCCA1cGCSqGSIb3DQEHBqCCA0gwggNEAgEAMIIDPQYJKoZIhv'
+    'cNAQcBMCQGCiqGSIb3DQEMAQMwFgQQETVyp9GC9Ku+SqZSBUuwUwICB9CAggMIX0rxyjTAT3VHUw8/vfdzJRtUJ4HDeio1'
+    'di3U/iqFuAcLRwlVmiHAY6mX9zXfUKM8M/IrF1/FflHQy660U4oLcGfYKFIwqEl6GDCJ671irWquQiFwhT2mNWBRfb3RRf'
+    'hyp2N1JzR1i1TwX5Zp0yzux52gbyKZbFjj9JRdhaHupE34IGNHnDaE1yembWThpiBA/ipJaMT3iMkWwUo9rPhUXkm0I2Kw'
+    'VQ+39aBrDpHs7BVdn95GvQwKfvSRvgNNBUccitTV3Ju0L6e7Ls4A7c913ZDg4WRwDBC7KnvpQ7KNFl12hLtscE3Vtukuga'
+    'csTB7WO4hFq4EBYj2YuMbLYKlziEg4keYY+NyG2GRSwzl+VW7oxco9EQ88HRoxwl7JZyvlvdNUaaD1REn/Cdip4zM1nA0j'
+    'X+NfqOFMrkOI1IfkwjFIK4/y9B+mbMOB9xszuEgF9PbPRN3CHzNw/4vSfAXyEPxXx1xxDuOzd7CakuWOaE3N7Z+uhMuIua'
+    'hHVhJlKPL0e/o4Qba5rQ487nTVzdUNijwBRkDTBrbGUqgHpo/0stg03A/8OFqxw8F/S0Lpi6N0f338j80hfpbFUMLL+WbU'
+    'HrQAPNWP7kTv4ZSg2rElBFoD9dsvo5eoHo/TqxEuFh/gTFMS943qhNUKc5p8epUnR4uI07QYc4uAr7xGc6IR6haWAHVHUS'
+    '095knx8YSM2C8+ElkcK3Tdqp/nyObo0nlh9sQqDjcXSyHCEDqso0bo1CHihvvieMLnvispbhWAXKr0XUOUy6QZILiuI9HP'
+    'tl25HlHuVI3Xbx8+LhFJFzUfvlbWYN/ogmrofXsu1zp4V89ut6o88eRROMyG0cbstLc6rcwZwpS9a1S9HLitLlf0DmUL96'
+    'qTCl+ORBndI844lF0E6YpqU0Z9LiuCV6fGYr1Kr4LE0+F0aRihpxpaPBrY0GoBdpBiYDNPeCB5f+CSOPKEL79S8i4w4TS6'
+    'NMimYWPhliTAv+eFFUBrNB5WbFGDck7jSTwlov0odF7lr9Sm+UKefbGi+e7tU1UwggU5BgkqhkiG9w0BBwGgggUqBIIFJj'
+    'CCBSIwggUeBgsqhkiG9w0BDAoBAqCCBPYwggTyMCQGCiqGSIb3DQEMAQMwFgQQQf3b7pJ1UvnUM1llcud4zgICB9AEggTI'
+    'uLY4FQqxJFqOR/EMwQBKtQ4OjWIIQHhiVt83/vH5CgSwWDuxnNBMOkNiC1d9EGiAVjmXgNt2MjHMu6Z7C7qvxbC8NOhDin'
+    'yuS7UrkVr6/mb0vToWkucUXxMJTmobzL5ozZYbqluhEuf4qlzUUAC0TOsKLklgaJDC4aR+VRa6dU21jotuycBQX1pQWYBz'
+    '76RA+m/mkmYosbXpV0MNj49RznAocLZxEedmzfURU7li+ESdspV/V/uNMjMWhTu9iE4ZhfkHlU8+SGXSMrXLyxVJ/0FWr/'
+    'RX4+GNHx69/McZSAY3JGqYnQL3mCyBpK3W3qph6d9bYvC/Cx243Kxw+ILpUtNqRM242NODb63tfRGe5pMTfLPQmvrJVX+M'
+    '4pHiaBqrNqKUB9OFBg0kPumd8sTYIF3mB1jv7GccAZRNFwa5e/skEhvYMLiwc1eXzQsPoEUMgEOniMkg7J2bp2o+klW1bN'
+    'JEQ/lXa7Gsehr12F7ki2m8D3C68ZD7u+MJ6oPtyqm5qmBDIo+hs0nlPsIGoady6x+4RyHI4XFwa5jiDfAKQBuVVlQ1qZ6F'
+    'uoglqQdiAKOQdR3lJTBu/WYX2p2GSUp+lrM9aemQaI2DpCe9uu1L8vNELDL4htTc/k7Mgc5+gNZiPRhNs8ace9lk0mSK7p'
+    'HG7r2/ITdcnAr2kYM7u+356pmHPFWUSUWqsnYa2cJw3gMomXEulpEyL0TD+poDeaMDuNQ7WTeUxggGXGOCWJ6jt8ZMPFYQ'
+    't4FmIIqG/e5pX6dU4b+hoYT3qq9qodrwSTZhmzULPmu6HO6x2Bmy8tV6iH50P2nUeqwU2SV6HUAq0Ahb87XRXuGIX4dObP'
+    'pazElb6+cgHCVgkJle9+7008RmGHsrdAMwWiO1Jhb33IZArOuvJI70CuQTFa8sw/+cHDH9MjSi6CCH9JzLZ35WFW1/rOI4'
+    'MtzYFfQZeAhqmhHQGkoGrAx4VU3CthO2neGmp8khRcIFefom0dFHec1cFE8l5TtoLvAYA7KWQNUamAE4H6dbQ5wU9HvXg3'
+    '7IDHp0flMWvkNlpRfFf57hz80oVGC5/QF0OeOdxmfhh5NJQAnA6QL3Pt14ZSIw0uMfNrLYiq5c2ti9pZ1ZtiK9m+lALBfH'
+    '7Ly3i1TdWEmQBU2P6nGY+bS3HBOfCsVak8zk8z6tj1EP5aUXfugngYD5lsTQGgOZ1Fp2pTm542oNMulF+ag94rR/t0IyG6'
+    'uuTuE70yy8uo7BbTMx/af/6KwdoCE/lRdHB8m0iOfqkXDqfYIXZgOh4+J9Q9Jffv0Fh8LqvYEMF8d/vPQNJ3pg3MDzmp1t'
+    'uPEEXbMsEgF91KE1A7cMaVZqi8kpja7QO0cLocuDm5pXtO2jjWxM0K4VufHfwFTguWEiWFSbgV76xXHq32p1QL4MmlHmqz'
+    'JNiCqqV9VYudwCEP1/7beBvibFuNY1ApZnHq/b4cruu5BPW2ap/ovJ5lIBtLti2Gt3OWROGX41clwMkw7CTqlIztUmhY6s'
+    'EY80HohyIkQnRg7gHH3XkIpHldJCnhiINTn7LfrxRIiUAQDzR88SNdT0GmYRsQOWG9tisoJyZnfLP3BSa/GVEpPgMY6NqF'
+    '5UiZ/Kb1UbUmdsIFKDdyB4GHQfKVGqrK9MMRUwEwYJKoZIhvcNAQkVMQYEBAEAAAAwOzAfMAcGBSsOAwIaBBTWNZXihypd'
+    'x78nFUb6JekE2YK94AQUFT2O7UJTpNnu0dd7L+DmaHsujYUCAgfQ'
+)
+_TEXT = (
+    'MIII8wIBAzCCCK8GCSqGSIb3DQEHAaCCCKAEggicMIIImDCCA1cGCSqGSIb3DQEHBqCCA0gwggNEAgEAMIIDPQYJKoZIhv'
+    'cNAQcBMCQGCiqGSIb3DQEMAQMwFgQQhOjS+o7oH4Y2z1VlsSW9GQICB9CAggMIMPO7Z2PKAKXs1vLFhR1rgjaGjVjxyM6j'
+    '+9ohqgFtyjj/U7QaqbzM/RB7t95oPOf0w7jM/uFH21vgXI/ms7cUtQZF3aQtGCrQJetVnGCXFsxn2j6r2tkPKzAzaU5pVI'
+    'yeyiAR7HjFwjUT8ZfDGQR1+3NkH39/lSmUGS8OUsoia5GX6qUEb4CNX0m02QG+qReShM+5Qj4xj4ISiVe85weaWspeFn9t'
+    'J+551EDEBFu7KzRQ2b/fpKy/tl4D0sSLJMix4JJkLAYgar4bqP85mv8vOJPJ+luBR6GOM2Fjo1cwbzk18VKarPMJfNejFR'
+    'H+2bQeSOoDMP4T9S78XdFq+HA13s1uoE9rvm2HmU8k+1ZUSGE6hwHzWUSFiCP9cmqMM231u4HEkvI3t1ysyKVIEgGBPuTP'
+    'JBZIJtBvPnY7qWYiL5lDhzWclcu+HB66pf3W/GRrGj+kaEuUocBoIv7cm4x+1NA3IQ8vnVuU1BghEiNdhFzPcgr3A+WiRU'
+    '+BSWPBI83TYMtf9zSnf2gJ5yR3duQQCzMQJJMvQ/pAKN7Zwpc1S/MRLGJbY3hlf0mfaACcjzo3/xjmIJNV5i7lj7/NOIUJ'
+    'dtXF/boRC0lGtDq/jpMo7qrMSB7e9L1fYOFpzmK/ZynPbUrylp20pZ5NwWFLYtLkQBXG2j8U9SuuJ9v5Ta0B1RA9k4hol9'
+    'IZg70o125sFpMf2ldjh4Qpd8+lU8WxTl6AmUdFbHNlSuR8G0sQkWrNsEaei7d7plgPsn9rmGcbzJcpL8VO7tbfk4bLke6U'
+    '3R3gdAonbW/vk7FhoSstB5q3Fnmae37h7FX3Nxvh6yLJaBP0h0sXId2e30W9xINX/qt1318R5vLC3SiVxRanIeOhawlAro'
+    'l0nji4GRtcMNoIVdi/6mjeDou3kW//9kJkeYpx6cis/as/PVHN7tuiAWzlriPnCF/jaP71C61EaQZgTcNtehJaeFAbVYXR'
+    'j3j+SNUmusjJ0NZr5qfDNFeviHKJO7ZBUjwMHaLpW0iZhfGMl9Rb+orbMhT2cxowggU5BgkqhkiG9w0BBwGgggUqBIIFJj'
+    'CCBSIwggUeBgsqhkiG9w0BDAoBAqCCBPYwggTyMCQGCiqGSIb3DQEMAQMwFgQQ20znBLXIWeK/8U59r006wgICB9AEggTI'
+    'riOoGpBmS6lB+LlG4NVbhtIwnQIfDZ65jNdaqW5DInsC7zHvOkcE/aQFZxltBgWpL6Zqg0g+fBno77eErXNzn1hb3/8KUd'
+    '+5zDj5E9tlAVyl2dyZtuRvZ9Fj3lML4tYM8lxGHsGZTVLW4WOpU62tmAMROv7O0cu+KHfkknC+Oi2aBra8Gj6BhaNG4Tqg'
+    'yU7IT+Vb7vAFxnU2Jq5tgn74qxogbXUjZUI5LWdvzSRS0XMDj16VujOvmWoqNzM0Y5NRSVBraVV7R9i/nNN2l0p45KHUIv'
+    'lZb5ApoJxK8ec6FdAzZ8yIIs+/ns5ABUT1WqsFWWZnkVOtwfqXZgsXV8mMhLjhGwMqDHe2pg3wwYEerzsCljLHQJVXInAv'
+    'bO40O6r8+ECetE7MtJW3hPXdB9TZTji0aVVRYKxmGjL1TVyOW9f+mJrTPiWdATB+TX5RWVM1gUhDY/BSeSKuta+w3DN1L1'
+    'ymXjoYYGGUB18yvexREtLPriburQ3ddMC5zMD/8EcEopILa/LY5/oJu0pV1EIwZJHy2pGtAgrdVu8Kyu+99FDTpClQb3cq'
+    '1XZ0JHpVyX2G3mFhNQ14gBBXG2rbSu6E5zhiRj7OFQrmcHa8lbiqYWG2ay0ln/SaDtFLfEeFYfNARkrqhzUpUqaX1DDQBt'
+    'UyGyBImkDAkYNwGbDm94MM3dkDkCnLJSGGS/wpoiW5F9QdfOwA+iZGwiJKBQcM1HwfBa/JPzqHxny6J+9CIN1sL/y+mDQ1'
+    'ahnyGBxaYDxmdPkE2+yWxdpbzT15ZlDeH9tx7ZZft1clpGkQG0YU3yjKgJGICmoE4L2H07ZjdbnyO1w+3i9OPg0/4lgjz/'
+    'J0R3jjPKTK3aDtYGMmey8BjZcJE9YsGRtHU+37OauQB5X8rRwbl2NLFfimjT8qdPNpylwsqZCvyLcnLfKZ0nTgaVhvkGL+'
+    'oU8RSpkMkXZVD1iaUUrwqDbBs0KoDrK9kx5x9zz51bkUCzqu4fDlo+Fg0cTvfC4bn/ERi0HyVIszF+RsxkHOEabEdWbfA2'
+    'jmRzrmu6JbSszCMgJTTU0MMl7R+BXrZxr3oZR1qVL/do8wucEJ/RqrROGPrKePP4Q8T7oAlRdkLk8sQoWJIVoBvkMgfV/a'
+    'BPB1VJ3ZNwk4Cpsjqz/bNOvRGqIQM8qmVWo4JJ1jwoqOpsPjx5JsFOPUCURdOkP5RM2vsrhA5UrqVRXIO+1p8jjn36gHNu'
+    '0rppfHhWT2fdmG6qVokiAr+y+XIofq8RKeYRzcEiOOgKuN1xqToMpxb7DKVe1l3U35DUnsfjIjL2fv43o9mcJx61LR3rcJ'
+    'nPFoMIuCqWUPl7Gtd/uQBfU73uE7htPmePCRvmunKc0HPgcdkFLA/g6fTpAixi3xQFwNxYARUnrXwKyUSXCuRwEFai7gxP'
+    'p9UiEbR7mTFYOLUNFAx1RJjVWgG0TWUZ38BzqkmLoWclubxq2lO6HydgxaFWqD89hmLw+28q+1gBIc7yeyX+dzgPvXrTEt'
+    'oZCVkvVcoUOE1eBm4/rL6AORFpGb0E26CSW++bvt+YwKShERzyEE8wVVSRLh/teKiBY+tJjtlxvIPwEcgl/Hnb3jV3MKWj'
+    'dNrWr7HRyf6QiYWsuTxn3ha+l/71sj3u2NMRUwEwYJKoZIhvcNAQkVMQYEBAEAAAAwOzAfMAcGBSsOAwIaBBSL3jsJOYIt'
+    '/DShF8v6HfRWUBqr+AQUCdGgc6hgZKyvx6+5GuRx27FWjYYCAgfQ'
+)
+ORIGINALS_EXPORTS = {
+    'exported.pfx': base64.b64decode(_PFX),
+    'exported.txt': b'\xef\xbb\xbf' + _TEXT.encode(),
+}
+
+
+# ---- 18. Configuration: the original's instances, settings and certificates ----------------------
+
+A_THUMBPRINT, B_THUMBPRINT, C_THUMBPRINT = 'A1' * 20, 'B2' * 20, 'C3' * 20
+
+# What a person's environment may have, and a test's must not.
+NOT_OURS = (
+    'TENTACLE_HOME OCTOPUS_API_KEY TentaclePollingConnectionCount XDG_CONFIG_HOME XDG_RUNTIME_DIR '
+    'HTTP_PROXY http_proxy PYTHONUNBUFFERED'
+).split()
+
+COMMAND_LINE = '''
+import os, sys
+sys.path.insert(0, %r)
+import tentacle
+tentacle.UNIT_FOLDER = %r
+tentacle.MACHINE_ID_PATH, tentacle.MACHINE_KEY_PATH = %r, %r
+%s
+sys.exit(tentacle.main())
+'''
+
+
+def trusted_server(thumbprint, style=1, address=None, subscription=None):
+    """An entry of Tentacle.Communication.TrustedOctopusServers, in the original's order."""
+    return {
+        'Thumbprint': thumbprint,
+        'CommunicationStyle': style,
+        'Address': address,
+        'Squid': None,
+        'SubscriptionId': subscription,
+    }
+
+
+def compact(value):
+    return json.dumps(value, separators=(',', ':'))
+
+
+def settings_of(path):
+    """Keys and texts of a settings file, read apart from the program."""
+    root = ElementTree.fromstring(open_bytes(str(path)))
+    assert root.tag == 'octopus-settings'
+    return {element.get('key'): element.text or '' for element in root}
+
+
+def write_settings(path, values):
+    """As another program writes them: a BOM, sorted, indented with tabs, empty elements."""
+    root = ElementTree.Element('octopus-settings')
+    root.text = '\n\t'
+    for key in sorted(values):
+        element = ElementTree.SubElement(root, 'set', key=key)
+        element.text, element.tail = values[key] or None, '\n\t'
+    os.makedirs(os.path.dirname(str(path)), exist_ok=True)
+    with open(str(path) + '.new', 'wb') as file:
+        file.write(b'\xef\xbb\xbf<?xml version="1.0" encoding="utf-8"?>\r\n')
+        file.write(ElementTree.tostring(root))
+    os.replace(str(path) + '.new', str(path))
+
+
+FORKS = '''
+import json, os, signal, sys
+sys.path.insert(0, %r)
+import tentacle
+for line in sys.stdin:
+    code, words, folder, environment, streams = json.loads(line)
+    child = os.fork()
+    if child == 0:
+        signal.alarm(60)
+        for number, path in enumerate([os.devnull] + streams):
+            os.dup2(os.open(path, os.O_RDWR), number)
+        sys.stdin, sys.stdout, sys.stderr = open(0), open(1, 'w'), open(2, 'w', buffering=1)
+        os.chdir(folder)
+        os.environ.clear()
+        os.environ.update(environment)
+        sys.argv[1:] = words
+        exit_code = 99
+        try:
+            exec(code, {'__name__': '__main__'})
+        except SystemExit as end:
+            exit_code = end.code
+        except BaseException:
+            sys.excepthook(*sys.exc_info())
+        sys.stdout.flush()
+        sys.stderr.flush()
+        os._exit(exit_code)
+    print(os.waitpid(child, 0)[1], flush=True)
+'''
+
+
+class Runner:
+    """Runs command lines, each in a fork of a process that has imported the program already."""
+
+    def __init__(self, folder, program):
+        self.program = program
+        self._streams = [os.path.join(folder, name) for name in ('out', 'err')]
+        self._process = subprocess.Popen(
+            [sys.executable, '-c', FORKS % os.path.dirname(program)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+        )
+
+    def run(self, code, words, folder, environment):
+        """(exit code, stdout, stderr)"""
+        for path in self._streams:
+            open(path, 'wb').close()
+        request = json.dumps([code, words, folder, environment, self._streams])
+        self._process.stdin.write(request.encode() + b'\n')
+        self._process.stdin.flush()
+        status = int(self._process.stdout.readline())
+        assert os.WIFEXITED(status), status
+        return (os.WEXITSTATUS(status),) + tuple(map(open_bytes, self._streams))
+
+    def close(self):
+        self._process.stdin.close()
+        self._process.wait()
+        self._process.stdout.close()
+
+
+class Machine:
+    """A machine below a folder: instances, units, machine keys, a user's home. `run(...)` is a
+    command line there: its exit code, stdout and stderr as bytes.
+    """
+
+    def __init__(self, folder, runner):
+        self.folder = str(folder)
+        self.instances = os.path.join(self.folder, 'etc', 'Tentacle', 'Instances')
+        self.units = os.path.join(self.folder, 'units')
+        self.machine_id = os.path.join(self.folder, 'machine-id')
+        self.machine_key = os.path.join(self.folder, 'machinekey')
+        self.patches = ''
+        self._runner = runner
+        for folder in (self.instances, self.units):
+            os.makedirs(folder)
+        with open(self.machine_id, 'w') as file:
+            file.write('0123456789abcdef0123456789abcdef\n')
+
+    @property
+    def code(self):
+        return COMMAND_LINE % (
+            os.path.dirname(self._runner.program),
+            self.units,
+            self.machine_id,
+            self.machine_key,
+            self.patches,
+        )
+
+    def environment(self, **changes):
+        environment = dict(os.environ, HOME=self.folder)
+        for name in NOT_OURS:
+            environment.pop(name, None)
+        environment['TentacleMachineConfigurationHomeDirectory'] = os.path.join(self.folder, 'etc')
+        environment.update(changes)
+        return environment
+
+    def run(self, *arguments, cwd=None, **environment):
+        environment = self.environment(**environment)
+        return self._runner.run(self.code, arguments, cwd or self.folder, environment)
+
+    def does(self, *arguments, **environment):
+        """The stdout of a command that must succeed."""
+        code, out, err = self.run(*arguments, **environment)
+        assert code == 0, (out, err)
+        return out.decode()
+
+    def refuses(self, *arguments, **environment):
+        """The one line of stderr of a command that must fail in a way the user can mend."""
+        code, out, err = self.run(*arguments, **environment)
+        assert (code, out) == (1, b''), (out, err)
+        assert err.count(b'\n') == 1 and err.endswith(b'\n') and b'Traceback' not in err, err
+        return err.decode()
+
+    def add(self, name='Tentacle', identity=None, **values):
+        """An instance that another program made; the path of its settings. Keys are written with
+        __ for a full stop.
+        """
+        folder = os.path.join(self.folder, name)
+        path = os.path.join(folder, 'tentacle.config')
+        values = {key.replace('__', '.'): text for key, text in values.items()}
+        values.setdefault('Octopus.Home', folder)
+        os.makedirs(folder)
+        if identity is not None:
+            pem = os.path.join(folder, 'ours.pem')
+            shutil.copy(identity.path, pem)
+            os.chmod(pem, 0o600)
+            values['TentaclePy.CertificateFile'] = 'ours.pem'
+            values['Tentacle.CertificateThumbprint'] = identity.thumbprint
+        write_settings(path, values)
+        record = os.path.join(self.instances, name.lower().replace(' ', '-') + '.config')
+        with open(record, 'w') as file:
+            json.dump({'Name': name, 'ConfigurationFilePath': path}, file)
+        return path
+
+
+@pytest.fixture(scope='session')
+def runner(tmp_path_factory):
+    folder = str(tmp_path_factory.mktemp('program'))
+    runner = Runner(folder, installed(folder)[0])
+    yield runner
+    runner.close()
+
+
+@pytest.fixture
+def machine(tmp_path, runner):
+    return Machine(tmp_path, runner)
+
+
+@pytest.fixture
+def settings(machine, keys):
+    """The settings file of the default instance of `machine`, that `keys['agent']` is."""
+    return machine.add(
+        identity=keys['agent'],
+        Someone__Else='a <b> & "c" \u2713',
+        Tentacle__Communication__TrustedOctopusServers=compact([trusted_server(A_THUMBPRINT)]),
+    )
+
+
+def trusted_in(path):
+    return json.loads(settings_of(path)['Tentacle.Communication.TrustedOctopusServers'])
+
+
+@pytest.mark.parametrize(
+    'words',
+    [
+        ['--instance', 'My Box', '--config', 'box.config', '--home', 'D'],
+        ['--instance=My Box', '--config=box.config', '--home=D'],
+        ['/instance=My Box', '/config=box.config', '/home=D'],
+        ['--INSTANCE', 'My Box', '/Config', 'box.config', '-Home', 'D'],
+        ['-instance=My Box', '-config=box.config', '-home=D', '--noninteractive', '--nologo'],
+    ],
+)
+def test_create_instance(machine, words):
+    home = os.path.join(machine.folder, 'D')
+    machine.does('create-instance', *[word.replace('D', home) for word in words])
+    path = os.path.join(machine.folder, 'box.config')
+    assert settings_of(path)['Octopus.Home'] == home
+    assert open_bytes(path).startswith(
+        b'<?xml version="1.0" encoding="utf-8"?>\n'
+        b'<octopus-settings xmlns:xsi="http://www.w3.org/2001/XMLSchema-instance" '
+        b'xmlns:xsd="http://www.w3.org/2001/XMLSchema">\n  <set key="'
+    )
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    with open(os.path.join(machine.instances, 'my-box.config'), encoding='utf-8') as file:
+        assert json.load(file) == {'Name': 'My Box', 'ConfigurationFilePath': path}
+
+
+def test_an_instance_without_a_name_or_a_home(machine):
+    path = os.path.join(machine.folder, 'some', 'where', 't.config')
+    machine.does('create-instance', '--config', path)
+    with open(os.path.join(machine.instances, 'tentacle.config'), encoding='utf-8') as file:
+        assert json.load(file) == {'Name': 'Tentacle', 'ConfigurationFilePath': path}
+    code, out, err = machine.run('show-configuration')
+    assert (code, err) == (0, b'')
+    assert json.loads(out)['Octopus']['Home'] == os.path.dirname(path)
+
+
+def test_create_instance_keeps_settings_that_are_there(machine):
+    path = os.path.join(machine.folder, 't.config')
+    write_settings(path, {'Someone.Else': 'x', 'Tentacle.Services.PortNumber': '10950'})
+    machine.does('create-instance', '--config', path)
+    assert settings_of(path)['Someone.Else'] == 'x'
+    assert settings_of(path)['Tentacle.Services.PortNumber'] == '10950'
+
+
+def test_list_instances(machine):
+    assert json.loads(machine.does('list-instances', '--format', 'json')) == []
+    paths = {name: machine.add(name) for name in ('Tentacle', 'My Box')}
+    code, out, err = machine.run('list-instances')
+    assert (code, err) == (0, b'')
+    assert sorted(out.decode().splitlines()) == [
+        "Instance '%s' uses configuration '%s'." % entry for entry in sorted(paths.items())
+    ]
+    assert machine.run('list-instances', '--format=text') == (code, out, err)
+    code, out, err = machine.run('list-instances', '--format=json')
+    assert (code, err) == (0, b'')
+    assert sorted(map(tuple, map(dict.values, json.loads(out)))) == sorted(paths.items())
+    assert '"InstanceName": "My Box"' in out.decode()
+    assert '"ConfigurationFilePath": "%s"' % paths['My Box'] in out.decode()
+
+
+def test_delete_instance(machine):
+    machine.add('Tentacle'), machine.add('My Box')
+    machine.does('delete-instance', '--instance', 'My Box')
+    assert os.listdir(machine.instances) == ['tentacle.config']
+    assert 'My Box' not in machine.does('list-instances')
+    assert 'My Box' in machine.refuses('delete-instance', '--instance', 'My Box')
+
+
+@pytest.mark.parametrize('name', ['Tentacle', 'tentacle', 'TENTACLE'])
+def test_names_of_instances_have_no_case(machine, settings, keys, name):
+    assert machine.does('show-thumbprint', '--instance', name) == keys['agent'].thumbprint
+
+
+def test_an_instance_by_the_path_of_its_settings(machine, keys):
+    machine.add('Tentacle', keys['server'])
+    path = machine.add('Other', keys['agent'])
+    assert machine.does('show-thumbprint', '--config', path) == keys['agent'].thumbprint
+
+
+def test_an_unknown_instance(machine):
+    machine.add('Tentacle'), machine.add('My Box')
+    line = machine.refuses('show-thumbprint', '--instance=nope')
+    assert 'Instance nope of Tentacle has not been configured on this machine' in line
+    instances = line.partition('Available instances:')[2]
+    assert 'Tentacle' in instances and 'My Box' in instances
+
+
+def test_settings_that_another_program_wrote(machine, settings):
+    values = settings_of(settings)
+    values.update({'Tentacle.Services.PortNumber': '', 'Tentacle.Services.ListenIP': '', 'X': ''})
+    values['Tentacle.Services.NoListen'] = 'True'
+    write_settings(settings, values)
+    shown = json.loads(machine.does('show-configuration'))['Tentacle']
+    assert shown['Services']['PortNumber'] == 10933 and shown['Services']['NoListen'] is True
+    assert shown['Communication']['TrustedOctopusServers'] == [trusted_server(A_THUMBPRINT)]
+    machine.does('configure', '--port', '10944')
+    values['Tentacle.Services.PortNumber'] = '10944'
+    assert settings_of(settings) == values
+    assert (
+        open_bytes(settings)
+        .lstrip(b'\xef\xbb\xbf')
+        .startswith(b'<?xml version="1.0" encoding="utf-8"?>\n<octopus-settings xmlns:xsi=')
+    )
+
+
+def test_styles_may_be_names(machine, settings):
+    values = settings_of(settings)
+    servers = [
+        trusted_server(A_THUMBPRINT, 'TentaclePassive'),
+        trusted_server(B_THUMBPRINT, 'TentacleActive', 'https://s:10943/', 'poll://x/'),
+    ]
+    values['Tentacle.Communication.TrustedOctopusServers'] = compact(servers)
+    write_settings(settings, values)
+    shown = json.loads(machine.does('show-configuration'))['Tentacle']['Communication']
+    styles = [server['CommunicationStyle'] for server in shown['TrustedOctopusServers']]
+    assert styles in ([1, 2], ['TentaclePassive', 'TentacleActive'])
+    machine.does('configure', '--trust', C_THUMBPRINT)
+    assert trusted_in(settings)[1]['SubscriptionId'] == 'poll://x/'
+
+
+def test_instances_whose_settings_share_a_folder_are_different_ones(machine):
+    for name in ('one', 'two'):
+        path = os.path.join(machine.folder, name + '.config')
+        machine.does('create-instance', '--instance', name, '--config', path)
+        machine.does('new-certificate', '--if-blank', '--instance', name)
+    thumbprints = {machine.does('show-thumbprint', '--instance', name) for name in ('one', 'two')}
+    assert len(thumbprints) == 2
+
+
+# ---- 18. Configuration: certificates -------------------------------------------------------------
+
+needs_openssl = pytest.mark.skipif(not OPENSSL, reason='there is no openssl program here')
+
+
+def our_pem(settings):
+    """The path of our private key, as the settings name it."""
+    name = settings_of(settings)['TentaclePy.CertificateFile']
+    path = os.path.join(os.path.dirname(settings), name)
+    assert stat.S_IMODE(os.stat(path).st_mode) == 0o600
+    return path
+
+
+def test_new_certificate(machine):
+    settings = machine.add()
+    made = machine.does('new-certificate', '--if-blank')
+    thumbprint = machine.does('show-thumbprint')
+    assert re.match(r'[0-9A-F]{40}\Z', thumbprint) and thumbprint in made
+    assert settings_of(settings)['Tentacle.CertificateThumbprint'] == thumbprint
+    assert tentacle.load_identity(our_pem(settings)).thumbprint == thumbprint
+    assert os.path.dirname(our_pem(settings)) == os.path.dirname(settings)
+    before = open_bytes(settings)
+    machine.does('new-certificate', '--if-blank')
+    assert open_bytes(settings) == before and machine.does('show-thumbprint') == thumbprint
+    other = machine.does('new-certificate')
+    assert machine.does('show-thumbprint') in other and thumbprint not in other
+
+
+def test_show_thumbprint(machine, settings, keys, tmp_path):
+    thumbprint = keys['agent'].thumbprint
+    assert machine.run('show-thumbprint') == (0, thumbprint.encode(), b'')
+    quiet = ['--noconsolelogging', '--nologo', '--console', '--noninteractive']
+    assert machine.run('show-thumbprint', *quiet) == (0, thumbprint.encode(), b'')
+    text = '{"Thumbprint":"%s"}' % thumbprint
+    assert machine.run('show-thumbprint', '--format=json') == (0, text.encode(), b'')
+    machine.does('show-thumbprint', '--export-file', str(tmp_path / 'out'))
+    assert open_bytes(str(tmp_path / 'out')) == thumbprint.encode()
+
+
+@needs_openssl
+@pytest.mark.parametrize('password', [None, '', 'pa ss"wörd'])
+@pytest.mark.parametrize('legacy', [False, True])
+def test_a_pfx_of_openssl_is_imported(machine, keys, tmp_path, password, legacy):
+    settings, pfx = machine.add(), str(tmp_path / 'x.pfx')
+    command = ['openssl', 'pkcs12', '-export', '-in', keys['other'].path, '-out', pfx]
+    command += ['-passout', 'stdin']
+    if legacy:
+        command += ['-keypbe', 'PBE-SHA1-3DES', '-certpbe', 'PBE-SHA1-RC2-40', '-macalg', 'SHA1']
+        helped = subprocess.run(['openssl', 'pkcs12', '-help'], stderr=subprocess.PIPE)
+        command += ['-legacy'] if b'-legacy' in helped.stderr else []
+    subprocess.run(command, input=(password or '').encode() + b'\n', check=True)
+    words = [] if password is None else ['--pfx-password', password]
+    machine.does('import-certificate', '--from-file', pfx, *words)
+    assert machine.does('show-thumbprint') == keys['other'].thumbprint
+    assert tentacle.load_identity(our_pem(settings)).thumbprint == keys['other'].thumbprint
+
+
+def test_a_pem_is_imported(machine, keys):
+    settings = machine.add()
+    machine.does('import-certificate', '--from-file=' + keys['other'].path)
+    assert machine.does('show-thumbprint') == keys['other'].thumbprint
+    assert settings_of(settings)['Tentacle.CertificateThumbprint'] == keys['other'].thumbprint
+
+
+@needs_openssl
+@pytest.mark.parametrize('option', ['--export-pfx', '--export-file'])
+def test_an_exported_certificate_is_for_another_host(machine, settings, keys, tmp_path, option):
+    exported, before = str(tmp_path / 'exported'), open_bytes(settings)
+    words = ['--pfx-password', 'p w'] if option == '--export-pfx' else []
+    made = machine.does('new-certificate', option, exported, *words)
+    assert stat.S_IMODE(os.stat(exported).st_mode) == 0o600
+    assert open_bytes(settings) == before  # it is not installed here
+    machine.add('Other')
+    machine.does('import-certificate', '--instance=Other', '--from-file', exported, *words)
+    thumbprint = machine.does('show-thumbprint', '--instance=Other')
+    assert thumbprint in made and thumbprint != keys['agent'].thumbprint
+
+
+@needs_openssl
+@pytest.mark.parametrize(
+    'name, words, thumbprint',
+    [
+        (
+            'exported.pfx',
+            ['--pfx-password', 'pfx pass'],
+            '19BBE83D23BF285995AF6FB6AD413C6B7C73A646',
+        ),
+        ('exported.txt', [], '7D24D4218F0D23B5B86833AA8AC5F8EA00126C5C'),
+    ],
+)
+def test_what_the_original_exported_is_imported(machine, tmp_path, name, words, thumbprint):
+    machine.add()
+    (tmp_path / name).write_bytes(ORIGINALS_EXPORTS[name])
+    machine.does('import-certificate', '--from-file', str(tmp_path / name), *words)
+    assert machine.does('show-thumbprint') == thumbprint
+
+
+def test_without_openssl_the_error_says_how_to_convert(machine, settings, tmp_path):
+    (tmp_path / 'x.pfx').write_bytes(ORIGINALS_EXPORTS['exported.pfx'])
+    line = machine.refuses(
+        'import-certificate', '--from-file', str(tmp_path / 'x.pfx'), PATH=str(tmp_path)
+    )
+    assert 'openssl pkcs12' in line
+
+
+@pytest.fixture(params=['machine-id', 'machinekey'])
+def original(request, machine):
+    """(its settings file, its thumbprint, its proxy password as it stands there) of an instance
+    that the original made on a machine with such a key.
+    """
+    certificate, thumbprint, password = ORIGINALS_INSTANCES[request.param]
+    if request.param == 'machinekey':
+        open(machine.machine_id, 'w').close()
+        with open(machine.machine_key, 'w') as file:
+            file.write(ORIGINALS_MACHINE_KEY)
+    settings = machine.add(
+        Octopus__Server__Proxy__ProxyHost='proxy.example',
+        Octopus__Server__Proxy__ProxyPassword=password,
+        Octopus__Server__Proxy__ProxyPort='3128',
+        Octopus__Server__Proxy__ProxyUsername='agent',
+        Octopus__Server__Proxy__UseDefaultProxy='false',
+        Tentacle__Certificate=certificate,
+        Tentacle__CertificateThumbprint=thumbprint,
+        Tentacle__Communication__TrustedOctopusServers=compact([trusted_server(A_THUMBPRINT)]),
+        Tentacle__Services__NoListen='false',
+        Tentacle__Services__PortNumber='0',
+    )
+    return settings, thumbprint, password
+
+
+@needs_openssl
+def test_an_original_is_taken_over_where_it_stands(machine, original, monkeypatch, capsys, keys):
+    settings, thumbprint, _ = original
+    before = settings_of(settings)
+    monkeypatch.setattr(tentacle, 'MACHINE_ID_PATH', machine.machine_id)
+    monkeypatch.setattr(tentacle, 'MACHINE_KEY_PATH', machine.machine_key)
+    assert tentacle.main(['show-thumbprint', '--config', settings]) == 0
+    assert capsys.readouterr().out == thumbprint
+    with running_agent(machine) as agent:  # with the same identity
+        with dial(agent.port, keys['server']) as sock:
+            shown = hashlib.sha1(sock.getpeercert(True)).hexdigest().upper()
+    assert shown == thumbprint
+    after = settings_of(settings)
+    assert {key: after[key] for key in before} == before  # so that it can go back
+    assert stat.S_IMODE(os.stat(our_pem(settings)).st_mode) == 0o600
+
+
+def test_passwords_are_kept_as_the_original_keeps_them(machine, original):
+    settings, _, password = original
+    values = settings_of(settings)
+    del values['Octopus.Server.Proxy.ProxyPassword']
+    write_settings(settings, values)
+    words = '--proxyEnable True --proxyHost proxy.example --proxyUsername agent --proxyPort 3128'
+    machine.does('polling-proxy', *words.split(), '--proxyPassword', 'p@ss word')
+    assert settings_of(settings)['Octopus.Server.Proxy.ProxyPassword'] == password
+
+
+@needs_openssl
+def test_another_machines_settings_are_not_taken_over(machine, original):
+    settings, _, _ = original
+    for path in (machine.machine_id, machine.machine_key):
+        with contextlib.suppress(OSError):
+            os.remove(path)
+    before = open_bytes(settings)
+    assert 'Tentacle.Certificate' in machine.refuses('agent')
+    assert open_bytes(settings) == before
+
+
 # ---- 19. Command line ----------------------------------------------------------------------------
 
 
@@ -6021,7 +7042,7 @@ def test_jobs_on_the_command_line(several, tmp_path, keys):
         code, out, _ = cli('job', '3', home=several)
         facts = json.loads(out)
         assert list(facts) == (
-            'job target state exit_code error created started ended expires'.split()
+            'job target state exit_code error script created started ended expires'.split()
         )
         assert (facts['state'], facts['expires']) == ('cancelled', None)
         code, _, err = cli('job', '9', home=several)
@@ -6341,6 +7362,1963 @@ def test_help_of_every_verb_has_an_example(capsys):
 def test_demo():
     code, out, err = cli('demo')
     assert code == 0 and 'Hello from' in out and 'exit code 7' in out and 'Done' in out
+
+
+# ---- 19. Command line: help and version ----------------------------------------------------------
+
+HELP = '''Usage: Tentacle %s [<options>]
+
+Where [<options>] is any of:\x20
+
+      --format=VALUE         The format of the output (text,json). Defaults\x20
+                               to text.
+
+Or one of the common options:\x20
+
+      --help                 Show detailed help for this command
+'''
+
+HELP_JSON = '''{
+  "Name": "version",
+  "Description": "Show the Tentacle version information",
+  "Aliases": [],
+  "Options": [
+    {
+      "Name": "format",
+      "Description": "The format of the output (text,json). Defaults to text."
+    }
+  ],
+  "CommonOptions": [
+    {
+      "Name": "help",
+      "Description": "Show detailed help for this command"
+    }
+  ]
+}'''
+
+
+@pytest.mark.parametrize('words', [[], ['']])
+def test_no_command(machine, words):
+    code, out, err = machine.run(*words)
+    assert (code, err) == (2, b'')
+    assert out.startswith(b'Usage: Tentacle <command> [<options>]\n')
+    assert b'Or use <command> --help for more details.' in out
+    assert machine.run('help') == (0, out, b'')
+
+
+def test_an_unknown_command(machine):
+    code, out, err = machine.run('unknown-command')
+    assert code == 2
+    assert err.startswith(b"Command 'unknown-command' is not supported")
+    assert out.startswith(b"See 'Tentacle help'")
+    assert machine.run('help', 'unknown-command')[1:] == (out, err)
+
+
+@pytest.mark.parametrize(
+    'words, named',
+    [
+        (['version', '--unknown=argument'], '--unknown=argument'),
+        (['version', '--unknown', 'argument'], '--unknown argument'),
+        (['version', '/unknown=argument'], '/unknown=argument'),
+        (['version', 'extra'], 'extra'),
+        (['list-instances', '--instanse', 'x'], '--instanse x'),
+    ],
+)
+def test_unknown_arguments(machine, words, named):
+    assert 'Unrecognized command line arguments: ' + named in machine.refuses(*words)
+
+
+@pytest.mark.parametrize('command', ['version', 'show-thumbprint', 'list-instances'])
+def test_an_unsupported_format(machine, settings, command):
+    line = machine.refuses(command, '--format=unsupported')
+    assert "The format 'unsupported' is not supported. Try text or json." in line
+
+
+@pytest.mark.parametrize(
+    'words, named',
+    [
+        (['help', '--help'], 'help'),
+        (['version', '--help'], 'version'),
+        (['help', 'version'], 'version'),
+        (['/version', '/help'], 'version'),
+    ],
+)
+def test_help_of_a_command(machine, words, named):
+    assert machine.run(*words) == (0, (HELP % named).encode(), b'')
+
+
+def test_help_of_a_command_as_json(machine):
+    assert machine.run('version', '--help', '--format=json') == (0, HELP_JSON.encode(), b'')
+    assert machine.run('help', 'version', '--format', 'json') == (0, HELP_JSON.encode(), b'')
+
+
+def test_every_command_has_help_without_an_instance(machine):
+    code, out, err = machine.run('help', '--format', 'json')
+    assert (code, err) == (0, b'')
+    listed = json.loads(out)['Commands']
+    assert all(entry['Description'] and entry['Aliases'] is not None for entry in listed)
+    names = {entry['Name'] for entry in listed}
+    missing = set(ORIGINALS_COMMANDS) - names
+    assert missing == set()
+    for name in sorted(names):
+        code, out, err = machine.run(name, '--help')
+        assert (code, err) == (0, b'')
+        assert out.startswith(b'Usage: Tentacle %s [<options>]\n' % name.encode()), name
+        described = json.loads(machine.does(name, '--help', '--format=json'))
+        assert described['Name'] == name
+        options = [option['Name'] for option in described['Options']]
+        assert set(ORIGINALS_COMMANDS.get(name, '').split()) <= set(options), name
+        assert len(options) == len(set(options)), name
+
+
+# What the original's documentation uses of each command.
+ORIGINALS_COMMANDS = {
+    'agent': 'instance config wait',
+    'configure': 'instance config home app port noListen listenIpAddress pollingConnectionCount '
+    'trust remove-trust reset-trust',
+    'create-instance': 'instance config home',
+    'delete-instance': 'instance',
+    'deregister-from': 'instance config server apiKey space multiple',
+    'deregister-worker': 'instance config server apiKey space multiple',
+    'help': 'format',
+    'import-certificate': 'instance config from-file pfx-password',
+    'list-instances': 'format',
+    'new-certificate': 'instance config if-blank export-pfx pfx-password',
+    'poll-server': 'instance config server apiKey server-comms-address server-comms-port '
+    'reuse-server-thumbprint',
+    'polling-proxy': 'instance config proxyEnable proxyHost proxyPort proxyUsername proxyPassword',
+    'proxy': 'instance config proxyEnable proxyHost proxyPort proxyUsername proxyPassword',
+    'register-with': 'instance config server apiKey name space env role tenant tenanttag '
+    'tenanted-deployment-participation policy proxy publicHostName force comms-style '
+    'server-comms-address server-comms-port server-subscription-id tentacle-comms-port '
+    'apiKey-file server-thumbprint insecure',
+    'register-worker': 'instance config server apiKey name space workerpool policy proxy '
+    'publicHostName force comms-style server-comms-address server-comms-port '
+    'server-subscription-id tentacle-comms-port apiKey-file server-thumbprint insecure',
+    'server-comms': 'instance config thumbprint style host port web-socket',
+    'service': 'instance config install uninstall start stop restart reconfigure username',
+    'set-polling-connection-count': 'instance config pollingConnectionCount',
+    'show-configuration': 'instance config file',
+    'show-thumbprint': 'instance config export-file format',
+    'update-trust': 'instance config oldThumbprint newThumbprint',
+    'version': 'format',
+}
+
+
+def test_version(machine):
+    code, out, err = machine.run('version')
+    assert (code, err) == (0, b'') and re.match(rb'\d+\.\d+\.\d+\S*\Z', out)
+    for words in (['--version'], ['/version'], ['version', '--format=text']):
+        assert machine.run(*words) == (0, out, b'')
+    for word in ('--noconsolelogging', '--nologo', '--console', '--noninteractive'):
+        assert machine.run('version', word) == (0, out, b'')
+    code, listed, err = machine.run('version', '--format=json')
+    listed = json.loads(listed)
+    assert (code, err) == (0, b'')
+    assert listed['InformationalVersion'] == out.decode()
+    assert re.match(r'\d+\.\d+\.\d+\Z', listed['MajorMinorPatch'])
+    assert out.decode().startswith(listed['MajorMinorPatch'])
+    assert None not in (listed['NuGetVersion'], listed['SourceBranchName'])
+    assert tentacle.TENTACLE_VERSION in listed.values()
+    assert listed['TentaclePyVersion'] == tentacle.__version__
+
+
+# ---- 19. Command line: what the commands leave in the settings -----------------------------------
+
+TRUSTED = 'Tentacle.Communication.TrustedOctopusServers'
+
+
+@pytest.mark.parametrize(
+    'words, changed',
+    [
+        (['--home', '/x/home'], {'Octopus.Home': '/x/home'}),
+        (['--app=/x/app'], {'Tentacle.Deployment.ApplicationDirectory': '/x/app'}),
+        (['--port', '10950'], {'Tentacle.Services.PortNumber': '10950'}),
+        (['/port=0'], {'Tentacle.Services.PortNumber': '0'}),
+        (['--noListen', 'True'], {'Tentacle.Services.NoListen': 'true'}),
+        (['--noListen=false'], {'Tentacle.Services.NoListen': 'false'}),
+        (['--listenIpAddress', '127.0.0.1'], {'Tentacle.Services.ListenIP': '127.0.0.1'}),
+        (['--listenIpAddress', '::1'], {'Tentacle.Services.ListenIP': '::1'}),
+        (
+            ['--pollingConnectionCount', '7'],
+            {'Tentacle.Communication.PollingConnectionCount': '7'},
+        ),
+        (
+            ['--trust', B_THUMBPRINT.lower()],
+            {TRUSTED: compact([trusted_server(A_THUMBPRINT), trusted_server(B_THUMBPRINT)])},
+        ),
+        (['--trust', A_THUMBPRINT], {}),
+        (['--remove-trust', A_THUMBPRINT], {TRUSTED: '[]'}),
+        (['--remove-trust', A_THUMBPRINT, '--trust', A_THUMBPRINT], {}),
+        (['--trust', A_THUMBPRINT, '--remove-trust', A_THUMBPRINT], {}),
+        (
+            ['--trust', C_THUMBPRINT, '--reset-trust', '--trust', B_THUMBPRINT],
+            {TRUSTED: compact([trusted_server(C_THUMBPRINT), trusted_server(B_THUMBPRINT)])},
+        ),
+        (
+            ['--port', '1', '--app', '/y', '--noListen', 'True', '--reset-trust'],
+            {
+                'Tentacle.Services.PortNumber': '1',
+                'Tentacle.Deployment.ApplicationDirectory': '/y',
+                'Tentacle.Services.NoListen': 'true',
+                TRUSTED: '[]',
+            },
+        ),
+    ],
+)
+def test_configure_the_original(machine, settings, words, changed):
+    expected = dict(settings_of(settings), **changed)
+    machine.does('configure', '--instance', 'Tentacle', *words)
+    assert settings_of(settings) == expected
+
+
+def test_configure_listens_on_any_address_again(machine, settings):
+    machine.does('configure', '--listenIpAddress', '127.0.0.1')
+    machine.does('configure', '--listenIpAddress', 'any')
+    assert settings_of(settings).get('Tentacle.Services.ListenIP', '') == ''
+    assert json.loads(machine.does('show-configuration'))['Tentacle']['Services']['ListenIP'] in (
+        None,
+        '',
+    )
+
+
+def test_update_trust_keeps_how_a_server_is_reached(machine, settings):
+    values = settings_of(settings)
+    server = trusted_server(B_THUMBPRINT, 2, 'https://s:10943/', 'poll://x/')
+    values[TRUSTED] = compact([trusted_server(A_THUMBPRINT), server])
+    write_settings(settings, values)
+    words = ['--oldThumbprint', B_THUMBPRINT, '--newThumbprint', C_THUMBPRINT.lower()]
+    machine.does('update-trust', *words)
+    server['Thumbprint'] = C_THUMBPRINT
+    values[TRUSTED] = compact([trusted_server(A_THUMBPRINT), server])
+    assert settings_of(settings) == values
+
+
+def test_server_comms(machine, settings):
+    machine.does(
+        'server-comms', '--thumbprint', A_THUMBPRINT, '--style', 'TentacleActive', '--host', 'srv'
+    )
+    (server,) = [server for server in trusted_in(settings) if server['CommunicationStyle'] == 2]
+    assert server['Address'].rstrip('/') == 'https://srv:10943'
+    assert re.match(r'poll://[a-z0-9]{20}/\Z', server['SubscriptionId'])
+    words = ['--style=TentacleActive', '--host=other', '--port=10999']  # the only one is meant
+    machine.does('server-comms', *words)
+    machine.does('server-comms', *words)
+    polled = [entry for entry in trusted_in(settings) if entry['CommunicationStyle'] == 2]
+    addresses = sorted(entry['Address'].rstrip('/') for entry in polled)
+    assert addresses == ['https://other:10999', 'https://srv:10943']
+    assert {entry['SubscriptionId'] for entry in polled} == {server['SubscriptionId']}
+    machine.does('server-comms', '--style', 'TentaclePassive')
+    assert trusted_server(A_THUMBPRINT) in trusted_in(settings)
+
+
+@pytest.mark.parametrize(
+    'command, prefix', [('proxy', 'Octopus.Proxy.'), ('polling-proxy', 'Octopus.Server.Proxy.')]
+)
+def test_proxies_are_kept(machine, settings, command, prefix):
+    def kept():
+        values = settings_of(settings)
+        names = ('UseDefaultProxy', 'ProxyHost', 'ProxyPort', 'ProxyUsername', 'ProxyPassword')
+        return [values.get(prefix + name, '') for name in names]
+
+    machine.does(command, '--proxyEnable', 'True')
+    assert kept()[:2] == ['true', '']
+    words = '--proxyEnable=True --proxyHost=px --proxyPort=3128 --proxyUsername=u'
+    machine.does(command, *words.split(), '--proxyPassword=p@ss word')
+    assert kept()[:4] == ['false', 'px', '3128', 'u']
+    assert kept()[4] == ORIGINALS_INSTANCES['machine-id'][2]
+    assert b'p@ss word' not in open_bytes(settings)
+    machine.does(command, '--proxyEnable', 'False')
+    assert kept()[:2] == ['false', '']
+    others = {'proxy': 'Octopus.Server.Proxy.', 'polling-proxy': 'Octopus.Proxy.'}[command]
+    assert not [key for key in settings_of(settings) if key.startswith(others)]
+
+
+CONFIGURATION = '''{
+  "Octopus": {
+    "Home": "%(home)s",
+    "Watchdog": {
+      "Enabled": false,
+      "Instances": "*",
+      "Interval": 0
+    }
+  },
+  "Tentacle": {
+    "CertificateThumbprint": "%(thumbprint)s",
+    "Communication": {
+      "PollingConnectionCount": %(count)s,
+      "TrustedOctopusServers": [
+        {
+          "Thumbprint": "%(server)s",
+          "CommunicationStyle": %(style)s,
+          "Address": %(address)s,
+          "Squid": null,
+          "SubscriptionId": %(subscription)s
+        }
+      ]
+    },
+    "Deployment": {
+      "ApplicationDirectory": "%(home)s/appdir"
+    },
+    "Services": {
+      "ListenIP": null,
+      "NoListen": %(no_listen)s,
+      "PortNumber": %(port)s
+    }
+  }
+}
+'''
+
+
+@pytest.mark.parametrize(
+    'server, no_listen, port, count',
+    [
+        (trusted_server(A_THUMBPRINT), 'false', '10950', '5'),
+        (
+            trusted_server(A_THUMBPRINT, 2, 'https://localhost:1', 'poll://subscription/'),
+            'true',
+            '10933',
+            '1',
+        ),
+    ],
+)
+def test_show_configuration(machine, keys, tmp_path, server, no_listen, port, count):
+    home = os.path.join(machine.folder, 'Tentacle')
+    settings = machine.add(
+        identity=keys['agent'],
+        Tentacle__Communication__TrustedOctopusServers=compact([server]),
+        Tentacle__Communication__PollingConnectionCount=count,
+        Tentacle__Deployment__ApplicationDirectory=home + '/appdir',
+        Tentacle__Services__NoListen=no_listen,
+        Tentacle__Services__PortNumber=port,
+    )
+    before = open_bytes(settings)
+    expected = CONFIGURATION % {
+        'home': home,
+        'thumbprint': keys['agent'].thumbprint,
+        'count': count,
+        'server': A_THUMBPRINT,
+        'style': server['CommunicationStyle'],
+        'address': json.dumps(server['Address']),
+        'subscription': json.dumps(server['SubscriptionId']),
+        'no_listen': no_listen,
+        'port': port,
+    }
+    assert machine.run('show-configuration') == (0, expected.encode(), b'')
+    machine.does('show-configuration', '--file', str(tmp_path / 'out'))
+    assert open_bytes(str(tmp_path / 'out')).decode().strip() == expected.strip()
+    assert open_bytes(settings) == before
+
+
+def test_show_configuration_of_an_instance_that_was_just_made(machine):
+    machine.does('create-instance', '--config', os.path.join(machine.folder, 't.config'))
+    code, out, err = machine.run('show-configuration')
+    shown = json.loads(out)
+    assert (code, err) == (0, b'')
+    assert shown['Octopus']['Home'] == machine.folder
+    assert shown['Tentacle']['CertificateThumbprint'] is None
+    assert shown['Tentacle']['Communication']['TrustedOctopusServers'] == []
+    assert shown['Tentacle']['Services']['PortNumber'] == 10933
+    assert shown['Tentacle']['Services']['NoListen'] is False
+
+
+def test_set_polling_connection_count(machine, settings):
+    machine.does('set-polling-connection-count', '--pollingConnectionCount', '5')
+    assert settings_of(settings)['Tentacle.Communication.PollingConnectionCount'] == '5'
+
+
+# Command lines that are wrong, and words of which the complaint must have one.
+BAD_LINES = [
+    ('create-instance --config', '--config'),
+    ('create-instance --frob x --config {tmp}/n.config', 'Unrecognized'),
+    ('delete-instance --instance nope', 'nope'),
+    ('list-instances --format xml', 'xml'),
+    ('new-certificate --instance nope', 'nope'),
+    ('new-certificate --export-pfx {tmp}/noise/x.pfx --pfx-password p', '{tmp}/noise'),
+    ('new-certificate --if-blank --export-pfx {tmp}/x.pfx', '--if-blank'),
+    ('import-certificate', '--from-file'),
+    ('import-certificate --from-file', '--from-file'),
+    ('import-certificate --from-file {tmp}/missing', '{tmp}/missing'),
+    ('import-certificate --from-file {tmp}/noise', '{tmp}/noise'),
+    ('import-certificate --from-file {tmp}', '{tmp}'),
+    ('show-thumbprint --config {tmp}/missing.config', '{tmp}/missing.config'),
+    ('show-thumbprint --config {tmp}/noise', '{tmp}/noise'),
+    ('show-thumbprint --export-file {tmp}/no/such/x', '{tmp}/no/such'),
+    ('show-configuration --instance nope', 'nope'),
+    ('show-configuration --file {tmp}/no/such/x', '{tmp}/no/such'),
+    ('configure --instance nope --port 1', 'nope'),
+    ('configure --port', '--port'),
+    ('configure --port 65536', '65536'),
+    ('configure --port -1', '-1'),
+    ('configure --port 80x', '80x'),
+    ('configure --app /y --port 65536', '65536'),
+    ('configure --trust %s --port 65536' % B_THUMBPRINT, '65536'),
+    ('configure --trust abc', 'abc'),
+    ('configure --app /y --trust %s' % (B_THUMBPRINT + '0'), 'thumbprint'),
+    ('configure --remove-trust %s' % B_THUMBPRINT[1:], 'thumbprint'),
+    ('configure --noListen perhaps', 'perhaps'),
+    ('configure --noListen', '--noListen'),
+    ('configure --listenIpAddress not.an.address', 'not.an.address'),
+    ('configure --pollingConnectionCount 0', '0'),
+    ('configure --pollingConnectionCount 513', '513'),
+    ('configure --pollingConnectionCount many', 'many'),
+    ('configure --frob 1', 'Unrecognized command line arguments: --frob 1'),
+    ('configure frob', 'Unrecognized command line arguments: frob'),
+    ('set-polling-connection-count', '--pollingConnectionCount'),
+    ('set-polling-connection-count --pollingConnectionCount 0', '0'),
+    ('set-polling-connection-count --pollingConnectionCount 513', '513'),
+    ('set-polling-connection-count --pollingConnectionCount x', 'x'),
+    ('update-trust', '--oldThumbprint'),
+    ('update-trust --oldThumbprint %s' % A_THUMBPRINT, '--newThumbprint'),
+    ('update-trust --oldThumbprint %s --newThumbprint x' % A_THUMBPRINT, 'x'),
+    ('update-trust --oldThumbprint x --newThumbprint %s' % A_THUMBPRINT, 'x'),
+    ('server-comms', '--style'),
+    ('server-comms --style Odd', 'style'),
+    ('server-comms --style TentacleActive', '--host'),
+    ('server-comms --style TentacleActive --host h --port 65536', '65536'),
+    ('server-comms --style TentacleActive --host h/x', 'h/x'),
+    ('server-comms --style TentacleActive --web-socket http://h/', 'web'),
+    ('server-comms --style TentacleActive --host h --thumbprint x', 'x'),
+    ('server-comms --style TentacleActive --host h --thumbprint %s' % C_THUMBPRINT, C_THUMBPRINT),
+    ('proxy --proxyEnable perhaps', 'perhaps'),
+    ('proxy --proxyEnable True --proxyHost p --proxyPort 65536', '65536'),
+    ('polling-proxy --proxyEnable perhaps', 'perhaps'),
+    ('polling-proxy --proxyEnable True --proxyHost p --proxyPort x', 'x'),
+    ('polling-proxy --instance nope --proxyEnable True', 'nope'),
+    ('poll-server', '--server'),
+    ('poll-server --server ftp://h/ --apiKey K', 'ftp://h/'),
+    ('poll-server --server http://127.0.0.1:1/', '--apiKey'),
+    ('poll-server --server http://127.0.0.1:1/ --apiKey K', '127.0.0.1:1'),
+    ('register-with --apiKey K --env E --role r', '--server'),
+    ('register-with --server http://h:x/ --apiKey K --env E --role r', 'h:x'),
+    ('register-with --server no.scheme --apiKey K --env E --role r', 'no.scheme'),
+    (
+        'register-with --server http://127.0.0.1:1/ --apiKey K --env E --role r '
+        '--comms-style TentacleActive --proxy P',
+        '--proxy',
+    ),
+    ('register-with --server http://127.0.0.1:1/ --env E --role r', '--apiKey'),
+    ('register-with --server http://127.0.0.1:1/ --apiKey K --role r', '--env'),
+    ('register-with --server http://127.0.0.1:1/ --apiKey K --env E', '--role'),
+    ('register-with --server http://127.0.0.1:1/ --apiKey K --env E --role r', '127.0.0.1:1'),
+    (
+        'register-with --server http://127.0.0.1:1/ --apiKey K --env E --role r --comms-style Odd',
+        'Odd',
+    ),
+    (
+        'register-with --server http://127.0.0.1:1/ --apiKey K --env E --role r '
+        '--tentacle-comms-port 65536',
+        '65536',
+    ),
+    (
+        'register-with --server http://127.0.0.1:1/ --apiKey-file {tmp}/missing --env E --role r',
+        '{tmp}/missing',
+    ),
+    ('register-with --server http://h/ --apiKey K --env E --role r --server-thumbprint x', 'x'),
+    (
+        'register-with --server http://127.0.0.1:1/ --apiKey K --env E --role r '
+        '--tenanted-deployment-participation Odd',
+        'Odd',
+    ),
+    ('register-with --instance nope --server http://h/ --apiKey K --env E --role r', 'nope'),
+    ('register-worker --server http://127.0.0.1:1/ --apiKey K', '--workerpool'),
+    ('register-worker --server http://127.0.0.1:1/ --apiKey K --workerpool P', '127.0.0.1:1'),
+    ('register-worker --server http://127.0.0.1:1/ --apiKey K --workerpool P --role r', '--role'),
+    ('deregister-from', '--server'),
+    ('deregister-from --server http://127.0.0.1:1/', '--apiKey'),
+    ('deregister-from --server http://127.0.0.1:1/ --apiKey K', '127.0.0.1:1'),
+    ('deregister-worker --server gopher://h/ --apiKey K', 'gopher://h/'),
+    ('service --instance nope --install', 'nope'),
+    ('service --frob', 'Unrecognized'),
+    ('agent --instance nope', 'nope'),
+    ('agent --wait x', 'x'),
+    ('agent --frob', 'Unrecognized'),
+    ('run --instance nope', 'nope'),
+]
+
+
+@pytest.mark.parametrize('line, named', BAD_LINES, ids=[line for line, _ in BAD_LINES])
+def test_a_bad_command_line_changes_nothing(machine, settings, tmp_path, line, named):
+    (tmp_path / 'noise').write_bytes(b'no certificate and no settings at all')
+    before, files = open_bytes(settings), sorted(os.listdir(os.path.dirname(settings)))
+    complaint = machine.refuses(*line.format(tmp=tmp_path).split())
+    assert named.format(tmp=tmp_path).lower() in complaint.lower()
+    assert open_bytes(settings) == before
+    assert sorted(set(os.listdir(os.path.dirname(settings))) - {'Logs'}) == files
+    assert os.listdir(machine.instances) == ['tentacle.config']
+    assert os.listdir(machine.units) == []
+
+
+@needs_openssl
+def test_a_wrong_pfx_password_changes_nothing(machine, settings, tmp_path):
+    (tmp_path / 'x.pfx').write_bytes(ORIGINALS_EXPORTS['exported.pfx'])
+    before = open_bytes(settings)
+    line = machine.refuses(
+        'import-certificate', '--from-file', str(tmp_path / 'x.pfx'), '--pfx-password', 'geheim'
+    )
+    assert 'password' in line and 'geheim' not in line
+    assert open_bytes(settings) == before
+
+
+def test_damaged_settings_are_left_alone(machine, settings):
+    with open(settings, 'ab') as file:
+        file.write(b'<')
+    before = open_bytes(settings)
+    for words in (['configure', '--port', '1'], ['show-configuration'], ['agent']):
+        assert settings in machine.refuses(*words)
+    assert open_bytes(settings) == before
+
+
+# ---- 19. Command line: registration --------------------------------------------------------------
+
+API_KEY = 'API-GEHEIM0123456789ABCDEF'
+
+
+def resources(kind, *names):
+    """Documents of a REST collection."""
+    return [
+        {'Id': '%s-%d' % (kind, number), 'Name': name, 'Slug': name.lower().replace(' ', '-')}
+        for number, name in enumerate(names, 1)
+    ]
+
+
+class OctopusServer:
+    """The REST side of an Octopus Server, over TLS when it has an identity. `seen`: (method, path)
+    of each request; `changes`: (method, path, document) of those that it took; `refusal`: (status,
+    document) for changes. `machines` and `workers` can be set.
+    """
+
+    def __init__(self, thumbprint, identity=None):
+        self.thumbprint = thumbprint
+        self.spaces = [
+            dict(space, IsDefault=space['Name'] == 'Default')
+            for space in resources('Spaces', 'Default', 'Other')
+        ]
+        self.lists = {
+            'environments': resources('Environments', 'Test', 'Live Site'),
+            'tenants': resources('Tenants', 'Tenant A'),
+            'workerpools': resources('WorkerPools', 'Default Worker Pool', 'Big'),
+            'machinepolicies': resources('MachinePolicies', 'Default', 'Quick Policy'),
+            'proxies': resources('Proxies', 'Proxy 1'),
+            'tagsets': [
+                {'Id': 'TagSets-1', 'Name': 'Region', 'Tags': [{'CanonicalTagName': 'Region/EU'}]}
+            ],
+            'machines': [],
+            'workers': [],
+        }
+        self.refusal = None
+        self.front_page = 200
+        self.seen, self.changes, self.keys = [], [], []
+        octopus = self
+
+        class Handler(http.server.BaseHTTPRequestHandler):
+            def answer(self, status, document):
+                body = json.dumps(document).encode()
+                self.send_response(status)
+                self.send_header('Content-Type', 'application/json')
+                self.send_header('Content-Length', str(len(body)))
+                self.end_headers()
+                self.wfile.write(body)
+
+            def do_GET(self):
+                length = int(self.headers.get('Content-Length') or 0)
+                sent = json.loads(self.rfile.read(length)) if length else None
+                key = self.headers.get('X-Octopus-ApiKey')
+                self.answer(*octopus.answer(self.command, self.path, key, sent))
+
+            do_POST = do_PUT = do_DELETE = do_GET
+
+            def log_message(self, *details):
+                pass
+
+        class Server(http.server.ThreadingHTTPServer):
+            daemon_threads = False
+
+            def handle_error(self, request, address):
+                pass  # who does not like our certificate hangs up
+
+        self._server = Server(('127.0.0.1', 0), Handler)
+        self.port = self._server.server_address[1]
+        if identity is not None:
+            context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+            context.load_cert_chain(identity.path)
+            self._server.socket = context.wrap_socket(
+                self._server.socket, server_side=True, do_handshake_on_connect=False
+            )
+        self.url = '%s://127.0.0.1:%d' % ('https' if identity else 'http', self.port)
+        self._thread = threading.Thread(target=self._server.serve_forever, args=(0.05,))
+        self._thread.start()
+
+    def close(self):
+        self._server.shutdown()
+        self._thread.join()
+        self._server.server_close()
+
+    def answer(self, method, path, key, sent):
+        path = urllib.parse.urlsplit(path).path
+        self.seen.append((method, path))
+        self.keys.append(key)
+        if path == '/':
+            return self.front_page, {}
+        if path.rstrip('/') == '/api':
+            links = {'Self': '/api', 'Spaces': '/api/spaces'}
+            return 200, {'Application': 'Octopus Deploy', 'Version': '2024.1.1', 'Links': links}
+        if key != API_KEY:
+            return 401, {'ErrorMessage': 'You must be logged in to perform this action.'}
+        if path == '/api/spaces/all':
+            return 200, self.spaces
+        if path == '/api/configuration/certificates/certificate-global':
+            return 200, {'Id': 'certificate-global', 'Thumbprint': self.thumbprint}
+        place = re.match(r'/api(?:/(Spaces-\d+))?/(\w+)/?(.*)', path)
+        space, collection, name = place.groups() if place else (None, '', '')
+        there = [d for d in self.lists.get(collection, []) if d.get('Links') == {'Self': path}]
+        is_known = space in [entry['Id'] for entry in self.spaces] or not (space or self.spaces)
+        if not is_known or not (name == 'all' or there or method == 'POST'):
+            return 404, {'ErrorMessage': 'The resource you requested was not found.'}
+        if method == 'GET':
+            return 200, self.lists[collection] if name == 'all' else there[0]
+        if self.refusal is not None:
+            return self.refusal
+        self.changes.append((method, path, sent))
+        listed = self.lists[collection]
+        if method == 'POST':
+            document = dict(sent, Id='%s-%d' % (collection.title(), len(listed) + 1))
+            document['Links'] = {'Self': '%s/%s' % (path, document['Id'])}
+            document['Thumbprint'] = sent['Endpoint']['Thumbprint']
+            listed.append(document)
+            return 201, document
+        (old,) = there
+        listed.remove(old)
+        if method == 'PUT':
+            listed.append(dict(old, **sent))
+        return 200, sent or {}
+
+
+@pytest.fixture
+def octopus(keys):
+    """A server without TLS, whose agents' side is `keys['server']`."""
+    server = OctopusServer(keys['server'].thumbprint)
+    yield server
+    server.close()
+
+
+@pytest.fixture
+def secure_octopus(keys):
+    server = OctopusServer(keys['server'].thumbprint, keys['octopus'])
+    yield server
+    server.close()
+
+
+def registering(octopus, *words, command='register-with', name='web-1', key=API_KEY):
+    line = [command, '--server', octopus.url, '--name', name, '--publicHostName', 'Web-1.example']
+    if key is not None:
+        line += ['--apiKey', key]
+    if command == 'register-worker':
+        return line + ['--workerpool', 'Default Worker Pool'] + list(words)
+    return line + ['--env', 'Test', '--role', 'web-server'] + list(words)
+
+
+def test_a_listening_target_is_registered(machine, settings, octopus, keys):
+    before = settings_of(settings)
+    machine.does(*registering(octopus))
+    ((method, path, posted),) = octopus.changes
+    assert (method, path) == ('POST', '/api/Spaces-1/machines')
+    assert posted.pop('MachinePolicyId', None) is None
+    assert posted == {
+        'Name': 'web-1',
+        'EnvironmentIds': ['Environments-1'],
+        'Roles': ['web-server'],
+        'TenantIds': [],
+        'TenantTags': [],
+        'TenantedDeploymentParticipation': 'Untenanted',
+        'Endpoint': {
+            'CommunicationStyle': 'TentaclePassive',
+            'Uri': 'https://web-1.example:10933/',
+            'Thumbprint': keys['agent'].thumbprint,
+            'ProxyId': None,
+        },
+    }
+    assert trusted_in(settings) == [
+        trusted_server(A_THUMBPRINT),
+        trusted_server(keys['server'].thumbprint),
+    ]
+    before[TRUSTED] = settings_of(settings)[TRUSTED]
+    assert settings_of(settings) == before
+
+
+def test_a_registration_with_all_options(machine, settings, octopus, keys):
+    machine.does(
+        *registering(octopus, '--env', 'live-site', '--role', 'db', '--space', 'OTHER'),
+        *['--tenant', 'Tenant A', '--tenanttag', 'Region/EU', '--proxy', 'Proxy 1'],
+        *['--tenanted-deployment-participation', 'TenantedOrUntenanted'],
+        *['--policy', 'Quick Policy', '--tentacle-comms-port', '10955'],
+    )
+    assert octopus.changes == [
+        (
+            'POST',
+            '/api/Spaces-2/machines',
+            {
+                'Name': 'web-1',
+                'EnvironmentIds': ['Environments-1', 'Environments-2'],
+                'Roles': ['web-server', 'db'],
+                'TenantIds': ['Tenants-1'],
+                'TenantTags': ['Region/EU'],
+                'TenantedDeploymentParticipation': 'TenantedOrUntenanted',
+                'MachinePolicyId': 'MachinePolicies-2',
+                'Endpoint': {
+                    'CommunicationStyle': 'TentaclePassive',
+                    'Uri': 'https://web-1.example:10955/',
+                    'Thumbprint': keys['agent'].thumbprint,
+                    'ProxyId': 'Proxies-1',
+                },
+            },
+        )
+    ]
+
+
+def test_a_registration_by_defaults(machine, settings, octopus):
+    machine.does(
+        *['register-with', '--server', octopus.url, '--apiKey', API_KEY],
+        *['--environment=Environments-2', '--role=r', '--space', '', '--policy', ''],
+    )
+    posted = octopus.changes[0][2]
+    assert posted['Name'].lower() == socket.gethostname().lower()
+    assert posted['EnvironmentIds'] == ['Environments-2']
+    host = urllib.parse.urlsplit(posted['Endpoint']['Uri'])
+    assert (host.hostname, host.port) == (socket.gethostname().lower(), 10933)
+
+
+POLLING_URI = r'poll://[a-z0-9]{20}/\Z'
+
+
+def test_a_polling_target_is_registered(machine, settings, octopus, keys, tmp_path):
+    with polled(tmp_path, keys) as server:
+        machine.does(
+            *registering(octopus, '--comms-style', 'TentacleActive'),
+            *['--server-comms-port', str(server.port)],
+        )
+        address = 'https://127.0.0.1:%d' % server.port
+    ((method, path, posted),) = octopus.changes
+    assert (method, path) == ('POST', '/api/Spaces-1/machines')
+    subscription = posted['Endpoint'].pop('Uri')
+    assert re.match(POLLING_URI, subscription)
+    assert posted['Endpoint'] == {
+        'CommunicationStyle': 'TentacleActive',
+        'Thumbprint': keys['agent'].thumbprint,
+    }
+    server = trusted_in(settings)[-1]
+    assert server.pop('Address').rstrip('/') == address
+    expected = trusted_server(keys['server'].thumbprint, 2, None, subscription)
+    del expected['Address']
+    assert server == expected
+    assert 'Tentacle.Communication.PollingConnectionCount' not in settings_of(settings)
+
+
+@pytest.mark.parametrize('configured', [None, '2'])
+def test_a_polling_worker_is_registered(machine, settings, octopus, keys, tmp_path, configured):
+    key = 'Tentacle.Communication.PollingConnectionCount'
+    if configured:
+        machine.does('set-polling-connection-count', '--pollingConnectionCount', configured)
+    with polled(tmp_path, keys) as server:
+        machine.does(
+            *registering(octopus, '--comms-style=TentacleActive', command='register-worker'),
+            *['--server-comms-address', 'https://127.0.0.1:%d' % server.port],
+            *['--server-subscription-id', 'poll://mine/', '--workerpool', 'WorkerPools-2'],
+        )
+    ((method, path, posted),) = octopus.changes
+    assert (method, path) == ('POST', '/api/Spaces-1/workers')
+    assert posted.pop('MachinePolicyId', None) is None
+    assert posted == {
+        'Name': 'web-1',
+        'WorkerPoolIds': ['WorkerPools-1', 'WorkerPools-2'],
+        'Endpoint': {
+            'CommunicationStyle': 'TentacleActive',
+            'Uri': 'poll://mine/',
+            'Thumbprint': keys['agent'].thumbprint,
+        },
+    }
+    assert trusted_in(settings)[-1]['SubscriptionId'] == 'poll://mine/'
+    assert settings_of(settings)[key] == (configured or str(max(5, os.cpu_count())))
+
+
+@pytest.mark.parametrize('command', ['register-with', 'register-worker'])
+def test_a_machine_that_exists_is_changed_by_force_alone(machine, settings, octopus, command):
+    octopus.lists['machines'].append({'Name': 'other', 'Links': {'Self': '/x'}})
+    octopus.lists['workers'].append({'Name': 'other', 'Links': {'Self': '/x'}})
+    machine.does(*registering(octopus, command=command))
+    (_, path, posted), before = octopus.changes.pop(), open_bytes(settings)
+    line = machine.refuses(*registering(octopus, command=command))
+    assert 'web-1' in line and 'force' in line
+    assert octopus.changes == []
+    octopus.lists['machines' if 'with' in command else 'workers'][-1]['IsDisabled'] = True
+    machine.does(*registering(octopus, '--force', '--tentacle-comms-port=1', command=command))
+    ((method, changed_path, sent),) = octopus.changes
+    assert (method, changed_path.rpartition('/')[0]) == ('PUT', path)
+    assert sent['IsDisabled'] is True  # the rest is sent as it came
+    assert sent['Endpoint'] == dict(posted['Endpoint'], Uri='https://web-1.example:1/')
+    assert open_bytes(settings) == before
+
+
+def test_force_keeps_the_subscription(machine, settings, octopus, keys, tmp_path):
+    with polled(tmp_path, keys) as server:
+        words = ['--comms-style=TentacleActive', '--server-comms-port', str(server.port), '--force']
+        for _ in range(2):
+            machine.does(*registering(octopus, *words))
+    first, second = [sent['Endpoint'] for _, _, sent in octopus.changes]
+    assert [method for method, _, _ in octopus.changes] == ['POST', 'PUT']
+    assert first == second
+    assert len(trusted_in(settings)) == 2
+
+
+@pytest.mark.parametrize(
+    'words, named',
+    [
+        (['--env', 'Nowhere'], 'Nowhere'),
+        (['--tenant', 'Nobody'], 'Nobody'),
+        (['--tenanttag', 'Region/Mars'], 'Region/Mars'),
+        (['--policy', 'No Policy'], 'No Policy'),
+        (['--proxy', 'No Proxy'], 'No Proxy'),
+        (['--space', 'Outer'], 'Outer'),
+        (['--apiKey', 'API-WRONG'], 'You must be logged in'),
+    ],
+)
+def test_what_the_server_does_not_have_is_named(machine, settings, octopus, words, named):
+    before = open_bytes(settings)
+    line = machine.refuses(*registering(octopus, *words))
+    assert named in line and 'API-' not in line
+    assert octopus.changes == [] and open_bytes(settings) == before
+
+
+def test_a_worker_pool_that_is_not_there(machine, settings, octopus):
+    line = registering(octopus, '--workerpool', 'Deep End', command='register-worker')
+    assert 'Deep End' in machine.refuses(*line)
+    assert octopus.changes == []
+
+
+def test_nothing_is_kept_when_the_server_refuses(machine, settings, octopus, keys, tmp_path):
+    octopus.refusal = (
+        400,
+        {
+            'ErrorMessage': 'There was a problem with your request.',
+            'Errors': ['The name is\ntaken', 'The role is odd'],
+        },
+    )
+    before = open_bytes(settings)
+    with polled(tmp_path, keys) as server:
+        for words in ([], ['--comms-style=TentacleActive', '--server-comms-port=%d' % server.port]):
+            line = machine.refuses(*registering(octopus, *words))
+            assert 'There was a problem with your request.' in line
+            assert 'taken' in line and 'The role is odd' in line
+            assert open_bytes(settings) == before
+
+
+def test_a_server_that_can_not_be_polled(machine, settings, octopus, secure_octopus):
+    before = open_bytes(settings)
+    with socket.create_server(('127.0.0.1', 0)) as place:
+        closed = place.getsockname()[1]
+    secure_octopus.front_page = 503
+    for port, named in ((closed, '127.0.0.1:%d' % closed), (secure_octopus.port, '503')):
+        words = ['--comms-style=TentacleActive', '--server-comms-port', str(port)]
+        assert named in machine.refuses(*registering(octopus, *words))
+    assert octopus.changes == [] and open_bytes(settings) == before
+
+
+@pytest.mark.parametrize(
+    'answer',
+    [
+        b'HTTP/1.1 200 OK\r\nContent-Length: 6\r\n\r\n<html>',
+        b'HTTP/1.1 200 OK\r\nContent-Length: 2\r\n\r\n[]',
+        b'HTTP/1.1 502 Bad Gateway\r\nContent-Length: 0\r\n\r\n',
+        b'SSH-2.0\r\n',
+        b'',
+    ],
+    ids=['no JSON', 'no document', 'bad gateway', 'no HTTP', 'nothing'],
+)
+def test_what_is_no_octopus_server(machine, settings, answer):
+    def serve(sock):
+        sock.recv(65536)
+        sock.sendall(answer)
+
+    port, thread = answering(serve)
+    line = ['register-with', '--server', 'http://127.0.0.1:%d' % port, '--apiKey', API_KEY]
+    machine.refuses(*line, '--env', 'Test', '--role', 'r')
+    thread.join()
+
+
+def test_an_old_server_without_spaces(machine, settings, octopus):
+    octopus.spaces = []
+    machine.does(*registering(octopus))
+    assert octopus.changes[0][:2] == ('POST', '/api/machines')
+
+
+def test_a_server_below_a_path(machine, settings, octopus):
+    answer = octopus.answer
+    octopus.answer = lambda method, path, *rest: (
+        answer(method, path[8:], *rest) if path[:8] == '/octopus' else (404, {})
+    )
+    octopus.url += '/octopus/'
+    machine.does(*registering(octopus))
+    assert octopus.changes[0][:2] == ('POST', '/api/Spaces-1/machines')
+
+
+def test_the_api_key_need_not_stand_on_the_command_line(machine, settings, octopus, tmp_path):
+    (tmp_path / 'key').write_text(API_KEY + '\n')
+    machine.does(*registering(octopus, '--apiKey-file', str(tmp_path / 'key'), key=None))
+    machine.does(*registering(octopus, name='web-2', key=None), OCTOPUS_API_KEY=API_KEY)
+    assert len(octopus.changes) == 2
+
+
+def test_the_api_key_goes_to_nobody_else(machine, settings, octopus):
+    def point_elsewhere(sock):
+        sock.recv(65536)
+        location = octopus.url + '/api'
+        sock.sendall(b'HTTP/1.1 302 Found\r\nLocation: %s\r\n\r\n' % location.encode())
+
+    port, thread = answering(point_elsewhere)
+    line = ['register-with', '--server', 'http://127.0.0.1:%d' % port, '--apiKey', API_KEY]
+    machine.refuses(*line, '--env', 'Test', '--role', 'r')
+    thread.join()
+    assert API_KEY not in octopus.keys and octopus.changes == []
+
+
+def test_secrets_do_not_stand_in_the_log(machine, settings, octopus, keys):
+    machine.does(*registering(octopus))
+    machine.does('polling-proxy', '--proxyEnable=True', '--proxyHost=p', '--proxyPassword=geheim')
+    machine.refuses('import-certificate', '--from-file=/missing', '/pfx-password=geheim')
+    log = logged(settings)
+    assert 'register-with' in log and 'Web-1.example' in log
+    assert API_KEY not in log and 'geheim' not in log
+
+
+def test_the_server_must_show_who_it_is(machine, settings, secure_octopus, keys):
+    ours, before = secure_octopus, open_bytes(settings)
+    line = machine.refuses(*registering(ours))
+    assert '--server-thumbprint' in line and keys['octopus'].thumbprint in line
+    line = machine.refuses(*registering(ours, '--server-thumbprint', A_THUMBPRINT))
+    assert keys['octopus'].thumbprint in line
+    assert ours.seen == [] and open_bytes(settings) == before  # nor has it our API key
+    machine.does(*registering(ours, '--server-thumbprint', keys['octopus'].thumbprint))
+    machine.does(*registering(ours, '--insecure', '--force'))
+    assert [method for method, _, _ in ours.changes] == ['POST', 'PUT']
+
+
+@needs_openssl
+def test_a_server_that_the_system_trusts(machine, settings, keys):
+    subject = ['-subj', '/CN=x', '-addext', 'subjectAltName=IP:127.0.0.1']
+    identity = keys.special('by address', *subject)
+    octopus = OctopusServer(keys['server'].thumbprint, identity)
+    try:
+        machine.does(*registering(octopus), SSL_CERT_FILE=identity.path + '.crt')
+        assert len(octopus.changes) == 1
+    finally:
+        octopus.close()
+
+
+def test_a_polling_one_registers_through_the_polling_proxy(machine, settings, octopus):
+    with socket.create_server(('127.0.0.1', 0)) as place:
+        proxy = '127.0.0.1:%d' % place.getsockname()[1]
+    host, port = proxy.split(':')
+    words = ['--proxyEnable=True', '--proxyHost', host, '--proxyPort', port]
+    machine.does('polling-proxy', *words)
+    line = machine.refuses(*registering(octopus, '--comms-style=TentacleActive'))
+    assert 'proxy' in line.lower() and octopus.seen == []
+    machine.does(*registering(octopus))  # a listening one does not
+
+
+def test_poll_server(machine, octopus, keys, tmp_path):
+    thumbprint = keys['server'].thumbprint
+    first = trusted_server(thumbprint, 2, 'https://first:10943/', 'poll://ours/')
+    settings = machine.add(
+        identity=keys['agent'], Tentacle__Communication__TrustedOctopusServers=compact([first])
+    )
+    with polled(tmp_path, keys) as server:
+        port = str(server.port)
+        words = ['poll-server', '--server', octopus.url, '--server-comms-port', port]
+        machine.does(*words, '--apiKey', API_KEY)
+        address = 'https://127.0.0.1:' + port
+        kept = trusted_in(settings)
+        assert kept[0] == first
+        assert kept[1].pop('Address').rstrip('/') == address
+        assert (kept[1]['Thumbprint'], kept[1]['SubscriptionId']) == (thumbprint, 'poll://ours/')
+        assert kept[1]['CommunicationStyle'] == 2
+        octopus.seen.clear()
+        words = ['poll-server', '--reuse-server-thumbprint', '--server', octopus.url]
+        machine.does(*words, '--apiKey', API_KEY, '--server-comms-address', address)
+        assert len(trusted_in(settings)) == 2
+    assert octopus.changes == []
+
+
+def test_poll_server_wants_a_server_that_is_trusted(machine, settings, octopus, keys, tmp_path):
+    before = open_bytes(settings)
+    with polled(tmp_path, keys) as server:
+        words = ['poll-server', '--server', octopus.url, '--server-comms-port', str(server.port)]
+        assert keys['server'].thumbprint in machine.refuses(*words, '--apiKey', API_KEY)
+    assert open_bytes(settings) == before
+
+
+@pytest.mark.parametrize(
+    'command, collection',
+    [('deregister-from', 'machines'), ('deregister-worker', 'workers')],
+)
+def test_deregistering(machine, settings, octopus, keys, command, collection):
+    def known(number, name, thumbprint):
+        path = '/api/Spaces-1/%s/%d' % (collection, number)
+        endpoint = {'CommunicationStyle': 'TentaclePassive', 'Thumbprint': thumbprint}
+        return {
+            'Id': str(number),
+            'Name': name,
+            'Thumbprint': thumbprint,
+            'Endpoint': endpoint,
+            'Links': {'Self': path},
+        }
+
+    words = [command, '--server', octopus.url, '--apiKey', API_KEY]
+    before, listed = open_bytes(settings), octopus.lists[collection]
+    listed.append(known(1, 'other', A_THUMBPRINT))
+    machine.refuses(*words)  # it is not registered there
+    listed.append(known(2, 'web-1', keys['agent'].thumbprint))
+    machine.does(*words)
+    listed.append(known(3, 'web-1', keys['agent'].thumbprint))
+    listed.append(known(4, 'web-2', keys['agent'].thumbprint))
+    assert '--multiple' in machine.refuses(*words)
+    assert 'Outer' in machine.refuses(*words, '--multiple', '--space', 'Outer')
+    machine.does(*words, '--multiple', '--space', 'default')
+    assert [(method, path) for method, path, _ in octopus.changes] == [
+        ('DELETE', '/api/Spaces-1/%s/%d' % (collection, number)) for number in (2, 3, 4)
+    ]
+    assert [document['Name'] for document in listed] == ['other']
+    assert open_bytes(settings) == before  # the server is still trusted
+
+
+# ---- 19. Command line: the service ---------------------------------------------------------------
+
+SYSTEMCTL = '''
+import os, shlex, signal, socket, subprocess, sys, time
+
+folder, units, path = %r, %r, %r
+with open(os.path.join(folder, 'systemctl.log'), 'a') as log:
+    log.write(' '.join(sys.argv[1:]) + '\\n')
+words = [word for word in sys.argv[1:] if not word.startswith('-')]
+verb, names = (words[0] if words else ''), words[1:]
+if '--user' in sys.argv:
+    units = os.path.join(os.environ['HOME'], '.config', 'systemd', 'user')
+
+
+def is_there(pid):
+    try:
+        with open('/proc/%%d/stat' %% pid) as file:
+            return file.read().rpartition(')')[2].split()[0] not in 'ZX'
+    except OSError:
+        return False
+
+
+def pid_of(name):
+    try:
+        with open(os.path.join(folder, name + '.pid')) as file:
+            return int(file.read())
+    except OSError:
+        return None
+
+
+def stop(name):
+    pid = pid_of(name)
+    if pid is None:
+        return
+    if is_there(pid):
+        os.kill(pid, signal.SIGTERM)
+        end = time.monotonic() + 20
+        while is_there(pid):
+            if time.monotonic() > end:
+                sys.exit('%%s does not end' %% name)
+            time.sleep(0.01)
+    os.unlink(os.path.join(folder, name + '.pid'))
+
+
+def start(name):
+    if pid_of(name) and is_there(pid_of(name)):
+        return
+    environment = {'PATH': path, 'HOME': '/', 'LANG': 'C.UTF-8'}
+    with open(os.path.join(units, name + '.service')) as file:
+        for line in file:
+            key, _, value = line.strip().partition('=')
+            value = value.replace('%%%%', '%%')
+            if key == 'Environment':
+                environment.update(word.split('=', 1) for word in shlex.split(value))
+            elif key == 'ExecStart':
+                command = shlex.split(value.replace('$$', '$'))
+    place = os.path.join(folder, 'n')
+    with socket.socket(socket.AF_UNIX, socket.SOCK_DGRAM) as notified:
+        notified.bind(place)
+        environment['NOTIFY_SOCKET'] = place
+        with open(os.path.join(folder, name + '.out'), 'ab') as out:
+            process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=out, stderr=out, env=environment,
+                cwd='/', start_new_session=True,
+            )
+        with open(os.path.join(folder, name + '.pid'), 'w') as file:
+            file.write(str(process.pid))
+        notified.settimeout(30)
+        try:
+            while b'READY=1' not in notified.recv(4096).splitlines():
+                pass
+        except OSError:
+            sys.exit('%%s does not get ready' %% name)
+        finally:
+            os.unlink(place)
+
+
+for name in names:
+    name = name[:-8] if name.endswith('.service') else name
+    unit = os.path.join(units, name + '.service')
+    if verb in ('start', 'restart', 'enable') and not os.path.exists(unit):
+        sys.stderr.write('Unit %%s.service not found.\\n' %% name)
+        sys.exit(5)
+    if verb in ('stop', 'restart') or '--now' in sys.argv and verb == 'disable':
+        stop(name)
+    if verb in ('start', 'restart') or '--now' in sys.argv and verb == 'enable':
+        start(name)
+    if verb in ('is-active', 'status') and not (pid_of(name) and is_there(pid_of(name))):
+        sys.exit(3)
+'''
+
+
+class Installed:
+    """A machine with `Tentacle` and a stand-in for `systemctl` on its PATH. `shell(text)` runs a
+    script that must succeed, and gives its stdout; `calls()`: what systemctl was asked for.
+    """
+
+    def __init__(self, machine):
+        self.machine = machine
+        machine.patches = 'os.geteuid = lambda: 0'
+        self.bin = os.path.join(machine.folder, 'bin')
+        self.path = self.bin + os.pathsep + os.environ['PATH']
+        os.mkdir(self.bin)
+        systemctl = SYSTEMCTL % (machine.folder, machine.units, self.path)
+        for name, code in (('Tentacle', machine.code), ('systemctl', systemctl)):
+            script = os.path.join(self.bin, name)
+            words = [sys.executable, '-c', code]
+            with open(script, 'w') as file:
+                file.write('#!/bin/sh\nexec %s "$@"\n' % ' '.join(map(shlex.quote, words)))
+            os.chmod(script, 0o755)
+
+    def run(self, *arguments, **environment):
+        return self.machine.run(*arguments, PATH=self.path, **environment)
+
+    def shell(self, text):
+        done = subprocess.run(
+            ['sh', '-e', '-c', text],
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE,
+            timeout=120,
+            cwd=self.machine.folder,
+            env=self.machine.environment(PATH=self.path),
+        )
+        assert done.returncode == 0, (done.stdout, done.stderr)
+        return done.stdout.decode()
+
+    def calls(self):
+        return open_bytes(os.path.join(self.machine.folder, 'systemctl.log')).decode()
+
+    def unit(self, name):
+        return os.path.join(self.machine.units, name + '.service')
+
+    def close(self):
+        """Stop what still runs."""
+        for name in os.listdir(self.machine.folder):
+            if name.endswith('.pid'):
+                command = [os.path.join(self.bin, 'systemctl'), 'stop', name[:-4]]
+                subprocess.run(command, check=True)
+
+
+@pytest.fixture
+def installed_machine(machine):
+    there = Installed(machine)
+    yield there
+    there.close()
+
+
+def unit_lines(path):
+    """(section, key, value) of a unit."""
+    section, lines = '', set()
+    for line in open_bytes(path).decode().splitlines():
+        if line.startswith('['):
+            section = line
+        elif '=' in line and not line.startswith('#'):
+            lines.add((section,) + tuple(line.split('=', 1)))
+    return lines
+
+
+def check_unit(path):
+    lines = unit_lines(path)
+    for key, value in (('Type', 'notify'), ('KillMode', 'process'), ('Restart', 'always')):
+        assert ('[Service]', key, value) in lines
+    if shutil.which('systemd-analyze'):
+        done = subprocess.run(
+            ['systemd-analyze', 'verify', path], stdout=subprocess.PIPE, stderr=subprocess.STDOUT
+        )
+        remarks = [line for line in done.stdout.splitlines() if path.encode() in line]
+        assert (done.returncode, remarks) == (0, [])
+
+
+def free_port():
+    with socket.create_server(('127.0.0.1', 0)) as place:
+        return place.getsockname()[1]
+
+
+LISTENING_INSTALL = '''
+Tentacle create-instance --config {folder}/default/tentacle-default.config
+Tentacle new-certificate --if-blank
+Tentacle configure --port {port} --noListen False --reset-trust --app {folder}/Applications/
+Tentacle configure --trust {thumbprint}
+Tentacle register-with --server {url} --apiKey {key} --space Default --name web-1 --env Test \
+  --role web-server
+Tentacle service --install --start
+'''
+
+POLLING_INSTALL = '''
+Tentacle create-instance --instance "Tentacle" --config "{folder}/t/tentacle.config"
+Tentacle new-certificate --instance "Tentacle" --if-blank
+Tentacle configure --instance "Tentacle" --app "{folder}/Applications" --noListen "True" \
+  --reset-trust
+Tentacle register-with --instance "Tentacle" --server "{url}" --name "web-1" \
+  --comms-style "TentacleActive" --server-comms-port "{port}" --apiKey "{key}" --space "Default" \
+  --environment "Test" --role "web-server"
+Tentacle service --install --start --instance "Tentacle"
+'''
+
+WORKER_INSTALL = '''
+Tentacle create-instance --instance "My Worker" --config "{folder}/w/tentacle.config"
+Tentacle new-certificate --instance "My Worker" --if-blank
+Tentacle configure --instance "My Worker" --app "{folder}/Applications" --noListen "True" \
+  --reset-trust
+Tentacle register-worker --instance "My Worker" --server "{url}" --name "worker-1" \
+  --comms-style "TentacleActive" --server-comms-port "{port}" --apiKey "{key}" --space "Default" \
+  --workerpool "Default Worker Pool"
+Tentacle service --install --start --instance "My Worker"
+'''
+
+
+@pytest.fixture
+def operator(tmp_path, keys):
+    """The home of a dispatcher that is `keys['server']`."""
+    home = str(tmp_path / 'operator')
+    os.makedirs(home, 0o700)
+    shutil.copy(keys['server'].path, os.path.join(home, 'tentacle.pem'))
+    return home
+
+
+def install(there, text, octopus, port, keys):
+    """Run an install script; the machine or worker as it was posted."""
+    facts = {'folder': there.machine.folder, 'url': octopus.url, 'key': API_KEY, 'port': port}
+    out = there.shell(text.format(thumbprint=keys['server'].thumbprint, **facts))
+    assert 'Service installed' in out and 'Service started' in out
+    ((method, _, posted),) = octopus.changes
+    assert method == 'POST'
+    return posted
+
+
+def test_the_documented_install_of_a_listening_target(installed_machine, octopus, keys, operator):
+    port = free_port()
+    posted = install(installed_machine, LISTENING_INSTALL, octopus, port, keys)
+    assert (posted['Name'], posted['Roles']) == ('web-1', ['web-server'])
+    assert posted['EnvironmentIds'] == ['Environments-1']
+    assert posted['Endpoint']['CommunicationStyle'] == 'TentaclePassive'
+    assert urllib.parse.urlsplit(posted['Endpoint']['Uri']).port == port
+    check_unit(installed_machine.unit('Tentacle'))
+    assert ('[Install]', 'WantedBy', 'multi-user.target') in unit_lines(
+        installed_machine.unit('Tentacle')
+    )
+    assert 'daemon-reload' in installed_machine.calls()
+    assert re.search(r'enable .*Tentacle', installed_machine.calls())
+    target = '127.0.0.1:%d' % port
+    endpoint = tentacle.ServiceEndPoint('https://%s/' % target, posted['Endpoint']['Thumbprint'])
+    tentacle.Targets(operator).pin(target, endpoint)
+    words = ['echo "$TentacleVersion $TentacleInstanceName $TentacleApplications"; exit 3']
+    code, out, err = cli('exec', target, '--', *words, home=operator)
+    applications = installed_machine.machine.folder + '/Applications/'
+    expected = '%s Tentacle %s' % (tentacle.TENTACLE_VERSION, applications)
+    assert (code, out.rstrip('/\n'), err) == (3, expected.rstrip('/'), '')
+
+    # A script may restart the service that runs it.
+    words = ['exec', target, '--', 'Tentacle service --stop --start; echo restarted']
+    pid = open_bytes(os.path.join(installed_machine.machine.folder, 'Tentacle.pid'))
+    code, out, err = cli(*words, home=operator)
+    assert code == 0, err
+    assert 'Stopping service' in out and out.endswith('restarted\n')
+    assert open_bytes(os.path.join(installed_machine.machine.folder, 'Tentacle.pid')) != pid
+
+    out = installed_machine.shell('Tentacle service --stop --uninstall')
+    assert 'Stopping service' in out
+    assert not os.path.exists(installed_machine.unit('Tentacle'))
+    assert re.search(r'disable .*Tentacle', installed_machine.calls())
+    with pytest.raises(OSError):
+        socket.create_connection(('127.0.0.1', port)).close()
+
+
+@pytest.mark.parametrize(
+    'text, unit',
+    [(POLLING_INSTALL, 'Tentacle'), (WORKER_INSTALL, 'My-Worker')],
+    ids=['target', 'worker'],
+)
+def test_the_documented_install_of_polling_ones(
+    installed_machine, octopus, keys, operator, text, unit
+):
+    there = installed_machine
+    with serving(operator) as port:
+        posted = install(there, text, octopus, port, keys)
+        subscription, thumbprint = posted['Endpoint']['Uri'], posted['Endpoint']['Thumbprint']
+        assert re.match(POLLING_URI, subscription)
+        check_unit(there.unit(unit))
+        assert cli('trust', subscription, thumbprint, home=operator)[0] == 0
+        code, out, err = cli('exec', subscription, '--', 'echo hi; exit 3', home=operator)
+        assert (code, out) == (3, 'hi\n'), err
+        there.shell('Tentacle service --stop --uninstall --instance "%s"' % unit.replace('-', ' '))
+        assert not os.path.exists(there.unit(unit))
+
+
+def test_an_install_that_is_run_again(installed_machine, octopus, keys):
+    port = free_port()
+    posted = install(installed_machine, LISTENING_INSTALL, octopus, port, keys)
+    octopus.changes.clear()
+    again = LISTENING_INSTALL.replace('register-with', 'register-with --force')
+    facts = {'folder': installed_machine.machine.folder, 'url': octopus.url, 'key': API_KEY}
+    thumbprint = keys['server'].thumbprint
+    installed_machine.shell(again.format(thumbprint=thumbprint, port=port, **facts))
+    ((method, _, sent),) = octopus.changes
+    assert method == 'PUT' and sent['Endpoint'] == posted['Endpoint']
+
+
+def test_service_without_systemd(machine, settings, tmp_path):
+    line = machine.refuses('service', '--install', '--start', PATH=str(tmp_path))
+    assert 'cron' in line and '@reboot' in line and 'tentacle.py' in line
+    assert os.listdir(machine.units) == []
+
+
+def test_a_service_of_a_user(installed_machine, settings):
+    machine = installed_machine.machine
+    machine.patches = 'os.geteuid = os.getuid = lambda: 1000'
+    code, out, err = installed_machine.run('service', '--install')
+    assert code == 0, err
+    assert os.listdir(machine.units) == []
+    unit = os.path.join(machine.folder, '.config', 'systemd', 'user', 'Tentacle.service')
+    check_unit(unit)
+    lines = unit_lines(unit)
+    assert ('[Install]', 'WantedBy', 'default.target') in lines
+    assert 'User' not in {key for _, key, _ in lines}
+    calls = installed_machine.calls().splitlines()
+    assert calls and all('--user' in call.split() for call in calls)
+    installed_machine.machine.does('service', '--uninstall', PATH=installed_machine.path)
+    assert not os.path.exists(unit)
+
+
+def test_a_service_that_runs_as_somebody(installed_machine, settings):
+    installed_machine.machine.does(
+        'service', '--install', '--username', 'nobody', PATH=installed_machine.path
+    )
+    unit = installed_machine.unit('Tentacle')
+    assert ('[Service]', 'User', 'nobody') in unit_lines(unit)
+    assert stat.S_IMODE(os.stat(unit).st_mode) == 0o644
+
+
+@pytest.mark.parametrize('option', ['--start', '--restart'])
+def test_a_service_that_is_not_installed(installed_machine, settings, option):
+    code, out, err = installed_machine.run('service', option)
+    assert (code, err.count(b'\n')) == (1, 1) and b'Tentacle' in err
+    assert b'Service started' not in out and b'has been restarted' not in out
+
+
+def test_reconfigure_writes_the_unit_anew(installed_machine, settings):
+    installed_machine.shell('Tentacle service --install')
+    unit = installed_machine.unit('Tentacle')
+    before = open_bytes(unit)
+    with open(unit, 'a') as file:
+        file.write('# changed\n')
+    installed_machine.shell('Tentacle service --reconfigure')
+    assert open_bytes(unit) == before
+
+
+# ---- 19. Command line: agent ---------------------------------------------------------------------
+
+
+def log_path(settings):
+    return os.path.join(os.path.dirname(settings), 'Logs', 'OctopusTentacle.txt')
+
+
+def logged(settings):
+    return open_bytes(log_path(settings)).decode()
+
+
+class RunningAgent:
+    """`tentacle.py agent` as a process. `text()`: its stdout, `port`: where it listens."""
+
+    def __init__(self, machine, *words, **environment):
+        self._out = os.path.join(machine.folder, 'agent.out')
+        with open(self._out, 'wb') as out, open(self._out + '.err', 'wb') as err:
+            self.process = subprocess.Popen(
+                [sys.executable, '-c', machine.code] + (list(words) or ['agent']),
+                stdin=subprocess.DEVNULL,
+                stdout=out,
+                stderr=err,
+                cwd=machine.folder,
+                env=machine.environment(**environment),
+            )
+
+    def text(self):
+        return open_bytes(self._out).decode()
+
+    def errors(self):
+        return open_bytes(self._out + '.err').decode()
+
+    @property
+    def port(self):
+        return int(re.search(r'^listen://.+:(\d+)/.*Listener started$', self.text(), re.M).group(1))
+
+
+@contextlib.contextmanager
+def running_agent(machine, *words, until='Agent listening on: ', **environment):
+    agent = RunningAgent(machine, *(words or ('agent', '--noninteractive')), **environment)
+    try:
+        eventually(lambda: until in agent.text() or agent.process.poll() is not None, 20)
+        assert until in agent.text(), agent.errors()
+        yield agent
+    finally:
+        agent.process.terminate()
+        assert agent.process.wait(20) == 0
+
+
+def agent_instance(machine, keys, *servers, **values):
+    """The settings of an agent on a free port that trusts these."""
+    listed = [server if isinstance(server, dict) else trusted_server(server) for server in servers]
+    values.setdefault('Tentacle__Services__PortNumber', '0')
+    return machine.add(
+        identity=keys['agent'],
+        Tentacle__Communication__TrustedOctopusServers=compact(listed),
+        **values,
+    )
+
+
+def change_servers_from_outside(settings, *thumbprints, **values):
+    """Another program writes who is trusted."""
+    changed = settings_of(settings)
+    changed[TRUSTED] = compact([trusted_server(thumbprint) for thumbprint in thumbprints])
+    changed.update({key.replace('__', '.'): text for key, text in values.items()})
+    write_settings(settings, changed)
+
+
+@pytest.mark.parametrize('word', ['agent', 'run'])
+def test_what_a_listening_agent_says(machine, keys, word):
+    settings = agent_instance(machine, keys, A_THUMBPRINT, keys['server'].thumbprint)
+    with running_agent(machine, word, '--instance=Tentacle', '--noninteractive') as agent:
+        lines = agent.text().splitlines()
+        trust = 'Agent will trust Octopus Servers with the thumbprint: '
+        assert sorted(lines[:2]) == sorted(
+            [trust + A_THUMBPRINT, trust + keys['server'].thumbprint]
+        )
+        assert re.match(r'listen://\S+:%d/ .*Listener started\Z' % agent.port, lines[2])
+        assert re.match(r'Agent listening on: \S+:\d+\Z', lines[3])
+        assert len(lines) == 4
+        eventually(lambda: all(line in logged(settings) for line in lines))
+        endpoint = tentacle.ServiceEndPoint(
+            'https://127.0.0.1:%d/' % agent.port, keys['agent'].thumbprint
+        )
+        with tentacle.TentacleClient(endpoint, keys['server']) as client:
+            assert client.run_script('exit 7', print) == 7
+
+
+def test_start_up_facts_stand_in_the_log_alone(machine, keys):
+    settings = agent_instance(machine, keys)
+    facts = [
+        'OperatingSystem: ',
+        'OsBitVersion: ',
+        'Is64BitProcess: ',
+        'CurrentUser: ',
+        'MachineName: ' + socket.gethostname(),
+        'ProcessorCount: %d' % os.cpu_count(),
+        'CurrentDirectory: ' + machine.folder,
+        'TempDirectory: ',
+        'HostProcessName: ',
+        'PID: ',
+        'CommandLine: ',
+    ]
+    with running_agent(machine, 'agent', '--noninteractive') as agent:
+        first = open_bytes(log_path(settings))
+        assert [fact for fact in facts if fact not in first.decode()] == []
+        assert [fact for fact in facts if fact in agent.text()] == []
+        assert 'PID: %d' % agent.process.pid in first.decode()
+        code, out, err = machine.run('show-thumbprint', '--instance', 'Tentacle')
+        assert (code, out.decode(), err) == (0, keys['agent'].thumbprint, b'')
+        then = open_bytes(log_path(settings))
+    assert then.startswith(first)
+    assert [fact for fact in facts if fact not in then[len(first) :].decode()] == []
+    assert 'show-thumbprint' in then[len(first) :].decode()
+
+
+@pytest.mark.parametrize(
+    'count, environment, said',
+    [(None, {}, 1), ('2', {}, 2), ('2', {'TentaclePollingConnectionCount': '3'}, 3)],
+)
+def test_what_a_polling_agent_says(machine, keys, tmp_path, count, environment, said):
+    with polled(tmp_path, keys) as server:
+        address = 'https://127.0.0.1:%d' % server.port
+        thumbprint = keys['server'].thumbprint
+        settings = agent_instance(
+            machine,
+            keys,
+            trusted_server(thumbprint, 2, address, 'poll://one/'),
+            Tentacle__Services__NoListen='True',
+            **({'Tentacle__Communication__PollingConnectionCount': count} if count else {}),
+        )
+        until = 'Starting %d polling connections' % said
+        with running_agent(machine, until=until, **environment) as agent:
+            eventually(lambda: 'Agent will not listen on any TCP ports' in agent.text())
+            lines = agent.text().splitlines()
+            assert re.match(
+                r'Agent will poll Octopus Server at %s/? for subscription poll://one/ '
+                r'expecting thumbprint %s\Z' % (re.escape(address), thumbprint),
+                [line for line in lines if 'will poll' in line][0],
+            )
+            assert until in lines and 'Agent will not listen on any TCP ports' in lines
+            assert not [line for line in lines if 'listen://' in line]
+            eventually(lambda: all(line in logged(settings) for line in lines))
+            eventually(lambda: len(server.connections()) == said)
+            with server.client(ONE) as client:
+                assert client.run_script('exit 7', print) == 7
+            change_servers_from_outside(settings)  # trusted no more
+            eventually(lambda: not server.connections(), 6)
+
+
+def test_an_agent_listens_and_polls_at_once(machine, keys, tmp_path):
+    with polled(tmp_path, keys) as server:
+        address = 'https://127.0.0.1:%d/' % server.port
+        polling_one = trusted_server(keys['server'].thumbprint, 2, address, 'poll://one/')
+        agent_instance(machine, keys, polling_one, keys['other'].thumbprint)
+        with running_agent(machine) as agent:
+            eventually(lambda: server.connections())
+            with Peer(agent.port, keys['other']):
+                assert 'Starting 1 polling connections' in agent.text()
+
+
+def test_trust_that_changes_while_an_agent_runs(machine, keys):
+    settings = agent_instance(machine, keys, keys['server'].thumbprint, keys['other'].thumbprint)
+    question = request_bytes('ICapabilitiesServiceV2', 'GetCapabilities')
+    with running_agent(machine) as agent:
+        with Peer(agent.port, keys['server']) as one, Peer(agent.port, keys['other']) as two:
+            two.call(question)
+            two.go_on()
+            begun = time.monotonic()
+            change_servers_from_outside(
+                settings, keys['other'].thumbprint, keys['third'].thumbprint
+            )
+            assert one.is_hung_up_on()
+            assert time.monotonic() < begun + 6
+            assert two.call(question)['error'] is None
+            with Peer(agent.port, keys['third']):
+                pass
+            machine.does('configure', '--remove-trust', keys['other'].thumbprint)
+            two.go_on()
+            assert two.is_hung_up_on()
+
+
+def test_keys_that_another_program_removes_while_an_agent_runs(machine, keys):
+    settings = agent_instance(machine, keys, keys['server'].thumbprint)
+    with running_agent(machine) as agent:
+        with Peer(agent.port, keys['server']) as peer:
+            write_settings(settings, {'Octopus.Home': os.path.dirname(settings)})
+            assert peer.is_hung_up_on()
+        change_servers_from_outside(settings, keys['server'].thumbprint)
+        with Peer(agent.port, keys['server']) as peer:
+            shown = hashlib.sha1(peer.sock.getpeercert(True)).hexdigest().upper()
+        assert shown == keys['agent'].thumbprint
+        assert TRUSTED in settings_of(settings)
+
+
+def test_changes_that_need_a_restart_are_said(machine, keys):
+    settings = agent_instance(machine, keys, A_THUMBPRINT)
+    with running_agent(machine) as agent:
+        change_servers_from_outside(settings, A_THUMBPRINT, Tentacle__Services__ListenIP='::1')
+
+        def is_said():
+            text = agent.text() + agent.errors() + logged(settings)
+            return re.search('ListenIP.*restart|restart.*ListenIP', text)
+
+        eventually(is_said)
+        assert settings_of(settings)['Tentacle.Services.ListenIP'] == '::1'
+
+
+def test_an_agent_outlives_settings_that_are_damaged(machine, keys):
+    settings = agent_instance(machine, keys, keys['server'].thumbprint)
+    with running_agent(machine) as agent, Peer(agent.port, keys['server']) as peer:
+        with open(settings, 'ab') as file:
+            file.write(b'<')
+        eventually(lambda: 'damaged' in logged(settings))
+        assert peer.call(request_bytes('ICapabilitiesServiceV2', 'GetCapabilities'))
+
+
+def test_an_agent_without_a_certificate_makes_one(machine):
+    settings = machine.add(Tentacle__Services__PortNumber='0')
+    with running_agent(machine):
+        thumbprint = machine.does('show-thumbprint')
+    assert settings_of(settings)['Tentacle.CertificateThumbprint'] == thumbprint
+    assert tentacle.load_identity(our_pem(settings)).thumbprint == thumbprint
+
+
+def test_agent_waits_before_it_starts(machine, keys):
+    agent_instance(machine, keys)
+    begun = time.monotonic()
+    with running_agent(machine, 'agent', '--wait', '700', '--noninteractive'):
+        assert time.monotonic() > begun + 0.7
+
+
+# ---- 19. Command line: audit ---------------------------------------------------------------------
+
+
+def audit(settings):
+    """The documents of the audit log, each as text to look into."""
+    path = os.path.join(os.path.dirname(settings), 'Logs', 'audit.jsonl')
+    lines = open_bytes(path).decode().splitlines() if os.path.exists(path) else []
+    assert all(isinstance(json.loads(line), dict) for line in lines)
+    return lines
+
+
+def audited(settings, *facts):
+    """Wait for a line with all of these."""
+    return eventually(
+        lambda: [
+            line
+            for line in audit(settings)
+            if all(str(fact).lower() in line.lower() for fact in facts)
+        ]
+    )[0]
+
+
+def test_audit(machine, keys, tmp_path):
+    settings = agent_instance(machine, keys, keys['server'].thumbprint)
+    body = 'echo geheim; exit 7'
+    with running_agent(machine) as agent:
+        with contextlib.suppress(OSError), dial(agent.port, keys['stranger']) as stranger:
+            received(stranger)
+        audited(settings, keys['stranger'].thumbprint, 'refused')
+        endpoint = tentacle.ServiceEndPoint(
+            'https://127.0.0.1:%d/' % agent.port, keys['agent'].thumbprint
+        )
+        with tentacle.TentacleClient(endpoint, keys['server']) as client:
+            ticket = 'ticket-of-audit'
+            v2(client, 'StartScript', start_command(body, ticket, task_id='ServerTasks-77'))
+            finished(client, ticket)
+            path = str(tmp_path / 'a file')
+            client.upload(io.BytesIO(b'geheim'), path)
+            client.download(path, io.BytesIO())
+        who = keys['server'].thumbprint
+        audited(settings, who, 'accepted')
+        started = audited(
+            settings, ticket, 'ServerTasks-77', who, hashlib.sha256(body.encode()).hexdigest()
+        )
+        ended = audited(settings, ticket, '7', 'ended')
+        assert 7 in json.loads(ended).values() and started != ended
+        audited(settings, 'GetStatus', who)
+        written = audited(settings, path, 'written')
+        read = audited(settings, path, 'read')
+        assert written != read
+        text = '\n'.join(audit(settings))
+        assert 'geheim' not in text
+        log = logged(settings)
+        assert 'geheim' not in log
+    name = os.path.join(os.path.dirname(settings), 'Logs', 'audit.jsonl')
+    assert stat.S_IMODE(os.stat(name).st_mode) & 0o077 == 0
+
+
+def test_audit_of_a_polling_agent(machine, keys, tmp_path):
+    with polled(tmp_path, keys) as server:
+        address = 'https://127.0.0.1:%d/' % server.port
+        one = trusted_server(keys['server'].thumbprint, 2, address, 'poll://one/')
+        settings = agent_instance(machine, keys, one, Tentacle__Services__NoListen='true')
+        with running_agent(machine, until='polling connections'):
+            with server.client(ONE) as client:
+                assert client.run_script('exit 7', print) == 7
+            audited(settings, keys['server'].thumbprint, hashlib.sha256(b'exit 7').hexdigest())
+
+
+def test_logs_are_rotated(machine, keys):
+    settings = agent_instance(machine, keys)
+    machine.patches = 'tentacle.LIMITS = tentacle.LIMITS._replace(log_file=5000)'
+    names = {'audit.jsonl', 'audit.0.jsonl', 'OctopusTentacle.txt', 'OctopusTentacle.0.txt'}
+    folder = os.path.dirname(log_path(settings))
+    with running_agent(machine) as agent:
+        for _ in range(100):
+            with contextlib.suppress(OSError), dial(agent.port, keys['stranger']) as stranger:
+                received(stranger)
+            if names <= set(os.listdir(folder)):
+                break
+    assert names <= set(os.listdir(folder))
+    for name in names:
+        details = os.stat(os.path.join(folder, name))
+        assert (stat.S_IMODE(details.st_mode), details.st_size < 6000) == (0o600, True)
+
+
+# -- setup
+
+
+def set_up(machine, *words, stdin=b''):
+    """(exit code, stdout, stderr) of `setup` that installs no service."""
+    done = subprocess.run(
+        [sys.executable, PROGRAM, 'setup', '--no-service', *words],
+        input=stdin,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        env=machine.environment(),
+        cwd=machine.folder,
+        timeout=60,
+    )
+    return done.returncode, done.stdout.decode(), done.stderr.decode()
+
+
+def test_setup_asks(machine):
+    """A wrong answer is asked for again, an empty one is the default."""
+    where, app = os.path.join(machine.folder, 'where'), os.path.join(machine.folder, 'apps')
+    answers = ['', 'x', '1', where, app, '99999', '0', '', 'ABC', 'B' * 40, '']
+    code, out, err = set_up(machine, stdin='\n'.join(answers).encode())
+    assert code == 0, (out, err)
+    assert 'Name of the instance (Tentacle): ' in err and 'listening or polling expected' in err
+    assert 'is not a port' in err and 'is not a thumbprint' in err
+    path = os.path.join(where, 'tentacle', 'tentacle-tentacle.config')
+    assert '$ tentacle.py configure --instance Tentacle --trust ' + 'B' * 40 in out
+    assert 'agent --instance Tentacle' in out
+    values = settings_of(path)
+    assert values['Tentacle.Services.PortNumber'] == '0' and os.path.isdir(app)
+    assert trusted_in(path) == [trusted_server('B' * 40)]
+    assert tentacle.load_identity(our_pem(path)).thumbprint == values[tentacle.KEY_THUMBPRINT]
+
+
+def polling_worker(machine, octopus, port, *more):
+    options = {
+        'style': 'polling',
+        'directory': os.path.join(machine.folder, 'where'),
+        'app': os.path.join(machine.folder, 'apps'),
+        'server': octopus.url,
+        'name': 'web-1',
+        'kind': 'worker',
+        'pools': 'Big, Default Worker Pool',
+        'key': API_KEY,
+        'server-comms-port': str(port),
+    }
+    words = [word for name, text in options.items() for word in ('--' + name, text)]
+    return set_up(machine, '--yes', *words, *more)
+
+
+def test_setup_of_a_polling_worker(machine, octopus, keys, tmp_path):
+    """It shows no key, and proves that the server can be reached, or says why not."""
+    with polled(tmp_path, keys) as server:
+        code, out, err = polling_worker(machine, octopus, server.port)
+        assert code == 0, (out, err)
+        assert 'OCTOPUS_API_KEY=*** tentacle.py register-worker' in out and API_KEY not in out + err
+        assert 'Reached: https://127.0.0.1:%d/' % server.port in out
+        assert octopus.changes[0][2]['WorkerPoolIds'] == ['WorkerPools-2', 'WorkerPools-1']
+        code, out, err = polling_worker(machine, octopus, server.port)
+        assert code == 1 and '--force' in err  # and what comes after it is not done
+        assert polling_worker(machine, octopus, server.port, '--force')[0] == 0
+    code, out, err = polling_worker(machine, octopus, server.port, '--force')
+    assert code == 1 and 'refuses connections' in err
+
+
+@pytest.mark.parametrize(
+    'words, named',
+    [
+        (['--yes'], '--thumbprint'),
+        (['--yes', '--thumbprint', 'x'], 'is not a thumbprint'),
+        (['--yes', '--style', 'polling'], '--server'),
+        (['--instance', 'x', '--style', 'both'], 'listening or polling'),
+        ([], 'The answers ended at'),
+    ],
+)
+def test_setup_that_is_not_told_enough(machine, words, named):
+    before = sorted(os.listdir(machine.folder))
+    code, out, err = set_up(machine, *words)
+    assert (code, out) == (2, '') and named in err.splitlines()[-1]
+    assert sorted(os.listdir(machine.folder)) == before
+
+
+# -- many targets and jobs
+
+
+def test_options_of_jobs_on_the_command_line(several, tmp_path):
+    cli('trust', 'poll://one/', '0' * 40, home=several)
+    dispatcher = tentacle.Dispatcher(several)
+    with serving(several):
+        detach = ['exec', '--detach', '--expires', '2h', '--retry-lost', 'one', '--', 'x']
+        assert cli(*detach, home=several)[:2] == (0, '1 one\n')
+        assert list(dispatcher.submit(['web-1'], 'echo hi; exit 3')) == ['web-1']
+        with dispatcher.job_store() as store:
+            assert over(store, 2).exit_code == 3
+            job = store.job(1)
+        assert job.retry_lost == 1 and abs(job.expires - job.created - 7200000) < 1000
+        out = cli('jobs', home=several)[1]
+        assert re.search('^1 +one +waiting', out, re.M) and 'web-1' not in out
+        assert cli('cancel', '2', home=several)[1] == 'Job 2 was finished already\n'
+        code, _, err = cli('exec', 'one', '--detach', '--file', PROGRAM, '--', 'x', home=several)
+        assert code == 2 and '--file does not go' in err
+    code, _, err = cli('exec', 'one', '--expires', '2h', '--', 'x', home=several)
+    assert code == 2 and 'for --detach' in err
+
+
+def test_waves_and_failures_on_the_command_line(several, tmp_path):
+    words = ['exec', '--json', 'gone', 'web-1', 'web-2', '--max-fail', '0']
+    for limit in ('--rolling', '--parallel'):
+        out = cli(*words, limit, '1', '--', 'true', home=several)[1]
+        results = [json.loads(line) for line in out.splitlines()]
+        assert [result['state'] for result in results] == ['unreachable', 'skipped', 'skipped']
+    results = tentacle.Dispatcher(several).run(['gone', 'web-1'], 'true', parallel=1, max_fail=0)
+    assert [result.state for result in results] == ['unreachable', 'skipped']
+
+
+def test_files_for_several(several, tmp_path):
+    (tmp_path / 'file').write_text('content\n')
+    words = ['exec', 'web-*', '--file', str(tmp_path / 'file'), '--json', '--']
+    code, out, _ = cli(*words, 'cat file >&2', home=several)
+    lines = [json.loads(line) for line in out.splitlines() if 'content' in line]
+    assert code == 0 and [line['source'] for line in lines] == ['stderr'] * 2
+
+
+def test_words_and_a_file_of_targets(several, tmp_path):
+    (tmp_path / 'list').write_text('web-2\n')
+    out = cli('exec', 'web-1', '-t', str(tmp_path / 'list'), '--', 'echo hi', home=several)[1]
+    assert sorted(out.splitlines()) == ['web-1 | hi', 'web-2 | hi']
+
+
+def test_when_one_was_seen(several, tmp_path, keys):
+    cli('trust', 'poll://one/', keys['agent'].thumbprint, home=several)
+    identity = tentacle.load_identity(os.path.join(several, 'tentacle.pem'))
+    with serving(several) as port:
+        with polling(tmp_path, dict(keys_of(keys), server=identity), port):
+            assert cli('exec', 'one', '--', 'true', home=several)[0] == 0
+        command = [sys.executable, PROGRAM, 'exec', '--home', several, '--queue-timeout', '4']
+        code, shown = on_terminal(command + ['one', '--', 'x'])
+        assert code == 1 and re.search(r'waiting for one to poll, last seen \d+ s ago', shown)
+
+
+def test_nobody_waits_for_one_that_has_answered(several):
+    command = [sys.executable, PROGRAM, 'exec', '--home', several]
+    for words in (['web-1'], ['web-1', 'web-2']):
+        code, shown = on_terminal(command + words + ['--', 'sleep 3.3'])
+        assert code == 0 and 'waiting' not in shown
+
+
+def test_ctrl_c_ends_uploads_to_several(several, shared_agent, tmp_path):
+    (tmp_path / 'source').write_bytes(bytes(3 << 20))
+    there = tmp_path / 'there'
+    there.mkdir()
+    sections = ''
+    with Forwarder(shared_agent.port, lambda number: [('delay', True, 1 << 20)]) as between:
+        for number in (1, 2):
+            sections += '[slow-%d]\nuri = https://127.0.0.1:%d/\nthumbprint = %s\n' % (
+                number,
+                between.port,
+                shared_agent.identity.thumbprint,
+            )
+        with open(os.path.join(several, 'targets'), 'a') as file:
+            file.write(sections)
+        places = ['slow-%d:%s' % (number, there / str(number)) for number in (1, 2)]
+        words = ['upload', '--home', several, str(tmp_path / 'source')] + places
+        process = subprocess.Popen(
+            [sys.executable, PROGRAM] + words, stdout=subprocess.PIPE, stderr=subprocess.PIPE
+        )
+        eventually(lambda: len(temporary_files(there)) == 2)
+        process.send_signal(signal.SIGINT)
+        out, err = process.communicate(timeout=20)
+    assert process.returncode == 130 and out == b'' and b'2 of 2 failed' in err
+    eventually(lambda: os.listdir(str(there)) == [])
+
+
+def test_the_bar_of_several_adds_them_up(capsys):
+    bar = tentacle._OneBar('2 targets', 'x', 200)
+    bar._report._silent = False
+    for which in 'ab':
+        bar._report._said -= 1
+        bar.progress(which, 100)
+    assert '100%' in capsys.readouterr().err.split('\r')[-1]
+
+
+def test_a_stranger_that_is_connected_is_listed(several, tmp_path, keys):
+    identity = tentacle.load_identity(os.path.join(several, 'tentacle.pem'))
+    with serving(several, '--trust', keys['agent'].thumbprint) as port:
+        with polling(tmp_path, dict(keys_of(keys), server=identity), port):
+            eventually(lambda: 'poll://one/' in cli('targets', home=several)[1])
+
+
+def test_completion_of_common_options(several):
+    assert ' --home --verbose"' in cli('completion', 'bash')[1]
+    assert cli('completion', 'zsh')[1].startswith('autoload -U +X bashcompinit && bashcompinit\n')
+
+
+def test_some_are_left_out_of_an_upload(several, tmp_path):
+    (tmp_path / 'file').write_bytes(b'x')
+    place = '%s' % (tmp_path / 'copy')
+    words = ['upload', str(tmp_path / 'file'), 'web-*:' + place]
+    code, out, _ = cli(*words, '!web-2', home=several)
+    assert code == 0 and 'web-1' in out and 'web-2' not in out
+    code, _, err = cli(*words, '!db', home=several)
+    assert code == 2 and 'leaves out nothing' in err
+
+
+def test_a_check_does_not_wait_for_who_is_not_there(several):
+    cli('trust', 'poll://away/', '0' * 40, home=several)
+    with serving(several):
+        code, out, _ = cli('targets', '--check', '--queue-timeout', '1000', home=several)
+    assert code == 1
+    assert re.search('^away +unreachable .*not connected', out, re.M)
+    assert re.search('^web-1 +ok ', out, re.M)
+
+
+@pytest.mark.parametrize(
+    'line, words',
+    [
+        ('url = https://x/', 'line 3 has url'),
+        ('thumbprint = XYZ', 'mend line 3'),
+        ('groups = a\nuri = a b', 'mend line 4'),
+    ],
+)
+def test_lines_of_a_targets_file_that_mean_nothing(tmp_path, line, words):
+    text = '# ours\n[web-1]\n%s\n' % line
+    (tmp_path / 'targets').write_text(text)
+    code, _, err = cli('exec', 'web-1', '--', 'true', home=tmp_path)
+    assert code == 1 and words in err and err.count('\n') == 1
+    assert (tmp_path / 'targets').read_text() == text
+
+
+@pytest.mark.parametrize('shell', ['bash', 'fish'])
+def test_completion_runs_nothing(tmp_path, shell):
+    if not shutil.which(shell):
+        pytest.skip('there is no %s here' % shell)
+    mark = tmp_path / 'mark'
+    (tmp_path / 'targets').write_text('[web-1]\n[$(touch %s)]\n[`touch %s`]\n' % (mark, mark))
+    script = cli('completion', shell)[1]
+    if shell == 'bash':
+        script += 'COMP_WORDS=(tentacle.py exec ""); COMP_CWORD=2; _tentacle_py'
+        script += '; echo "${COMPREPLY[@]}"'
+    else:
+        script += 'complete -C "tentacle.py exec "'
+    done = subprocess.run(
+        [shell, '-c', script],
+        stdout=subprocess.PIPE,
+        env=dict(os.environ, TENTACLE_HOME=str(tmp_path), HOME=str(tmp_path)),
+        cwd=str(tmp_path),
+    )
+    assert 'web-1' in done.stdout.decode() and not mark.exists()
+
+
+def test_standard_streams_that_are_closed(several):
+    line = '%s %s exec web-1 --home %s -- "echo hi" %%s' % (sys.executable, PROGRAM, several)
+    assert subprocess.check_output(['sh', '-c', line % '<&-']) == b'hi\n'
+    assert subprocess.check_output(['sh', '-c', line % '2>&-']) == b'hi\n'
+    done = subprocess.run(['sh', '-c', line % '>&-'], stderr=subprocess.PIPE)
+    assert done.returncode == 2 and b'no standard output' in done.stderr
+
+
+def test_who_leaves_the_output_of_several_hears_no_more(several):
+    body = 'for i in $(seq 50000); do echo $i; done'
+    line = "%s %s exec @live --home %s -- '%s' | head -1" % (sys.executable, PROGRAM, several, body)
+    done = subprocess.run(['bash', '-c', line], stdout=subprocess.PIPE, stderr=subprocess.PIPE)
+    assert done.stdout.count(b'\n') == 1 and done.stderr == b''
 
 
 # ---- Benchmarks: `make bench`, each beside a baseline of the same run ----------------------------
