@@ -625,10 +625,10 @@ def pem(label: str, der: bytes) -> str:
     return '-----BEGIN %s-----\n%s\n-----END %s-----\n' % (label, '\n'.join(lines), label)
 
 
-def write_private(path: str, data: bytes, keeps_mode: bool = False) -> None:
-    """Replace a file as a whole, readable by its owner alone, or by whom its old mode lets read it
-    (`keeps_mode`); its folder is made (0700) where missing. What root writes belongs to the owner
-    of the old file, or else of the folder: an agent that runs as that user must read it.
+def write_private(path: str, data: bytes) -> None:
+    """Replace a file as a whole, readable by its owner alone; its folder is made (0700) where
+    missing. What root writes belongs to the owner of the old file, or else of the folder: an agent
+    that runs as that user must read it.
 
     Raises TentacleError that names the path and the remedy.
     """
@@ -647,8 +647,6 @@ def write_private(path: str, data: bytes, keeps_mode: bool = False) -> None:
                 details = os.stat(folder or '.' if is_new else path)
                 if os.geteuid() == 0 and details.st_uid != 0:
                     os.fchown(file.fileno(), details.st_uid, details.st_gid)
-                if keeps_mode and not is_new:
-                    os.fchmod(file.fileno(), stat.S_IMODE(details.st_mode))
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
@@ -2248,6 +2246,8 @@ class ScriptTicket(Contract):
 
 @contract(_LEGACY % 'ScriptFile')
 class ScriptFile(Contract):
+    """A file that goes with a script, into its working directory: `contents` is a DataStream."""
+
     members = {
         'name': ('Name', Text()),
         'contents': ('Contents', Stream()),
@@ -7794,7 +7794,7 @@ def change_settings(path: str, change: Callable[[Dict[str, str]], None]) -> None
         before = dict(values)
         change(values)
         if values != before or not os.path.exists(path):
-            write_private(os.path.realpath(path), _settings_xml(values), keeps_mode=True)
+            write_private(os.path.realpath(path), _settings_xml(values))
 
 
 def read_trusted(path: str, values: Dict[str, str]) -> List[Dict[str, Any]]:
@@ -11642,6 +11642,24 @@ def _thumbprint_of_server(server: OctopusServer) -> str:
         raise TentacleError('%s does not say its thumbprint' % server.url)
 
 
+def _polled_thumbprint(server: OctopusServer, address: str, proxy: Optional[Proxy]) -> str:
+    """Of the certificate that the server shows where it is polled, which must be the one that it
+    names over the web, where it does so: who shows another one stands between. Raises
+    TentacleError.
+    """
+    seen = _server_at(address, proxy)
+    named = None
+    with contextlib.suppress(TentacleError):
+        named = _thumbprint_of_server(server)
+    if named not in (None, seen):
+        raise UntrustedThumbprint(
+            '%s shows the thumbprint %s, and %s says that it has %s: somebody may stand between. '
+            'Nothing was registered' % (address, seen, server.url, named),
+            seen,
+        )
+    return seen
+
+
 class _Registration:
     """One `register-with` or `register-worker`, in the order of its steps. Raises TentacleError."""
 
@@ -11750,24 +11768,6 @@ class _Registration:
             )
         changed = {key: value for key, value in body.items() if value is not None}
         server.call('PUT', _self_link(server, existing[0]), dict(existing[0], **changed))
-
-
-def _polled_thumbprint(server: OctopusServer, address: str, proxy: Optional[Proxy]) -> str:
-    """Of the certificate that the server shows where it is polled, which must be the one that it
-    names over the web, where it does so: who shows another one stands between. Raises
-    TentacleError.
-    """
-    seen = _server_at(address, proxy)
-    named = None
-    with contextlib.suppress(TentacleError):
-        named = _thumbprint_of_server(server)
-    if named not in (None, seen):
-        raise UntrustedThumbprint(
-            '%s shows the thumbprint %s, and %s says that it has %s: somebody may stand between. '
-            'Nothing was registered' % (address, seen, server.url, named),
-            seen,
-        )
-    return seen
 
 
 @_original(
@@ -12696,6 +12696,8 @@ def _run_original(command: Command, words: List[str]) -> int:
     import argparse
 
     options = _all_options(command)
+    if not any('--format' in names for names, _ in options) and '--help' in words:
+        options.append(_FORMAT_OPTION)
     taken, unknown = _original_form(options, words[1:])
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     for names, settings in options:
