@@ -11775,8 +11775,9 @@ class _Registration:
     'Register this machine as a deployment target of an Octopus Server, and trust that',
     *_REGISTER_OPTIONS,
     _option(
-        '--environment',
         '--env',
+        '--environment',
+        dest='environment',
         metavar='VALUE',
         action='append',
         default=[],
