@@ -81,12 +81,26 @@ def module_command(*arguments: str) -> list:
     return [sys.executable] + options + ['-c', _RUN_AS_MODULE, program] + list(arguments)
 
 
+def _write_bytecode() -> None:
+    """So that the process that stays need not compile, whose memory it would keep."""
+    from importlib.machinery import SourceFileLoader
+    from importlib.util import cache_from_source
+
+    try:
+        is_there = os.stat(cache_from_source(__file__)).st_mtime >= os.stat(__file__).st_mtime
+    except OSError:
+        is_there = False
+    if not is_there and not sys.dont_write_bytecode:
+        SourceFileLoader(__name__, __file__).get_code(__name__)
+
+
 if __name__ == '__main__':
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import: until `main`
 
 if __name__ == '__main__' and '_as_module' not in globals() and __spec__ is None:
     if sys.argv[1:2] and sys.argv[1] in _RESIDENT_VERBS:
+        _write_bytecode()
         os.execv(sys.executable, module_command(*sys.argv[1:]))
 
 import base64
@@ -8817,29 +8831,39 @@ class _LogFormatter(logging.Formatter):
         return text + ('\n' + self.formatException(record.exc_info) if record.exc_info else '')
 
 
-def _log_file(path: str, rotates: bool) -> logging.Handler:
-    """A handler for a file that its owner alone may read; where it rotates, NAME.0.EXT is the
-    newest of the old ones. Raises OSError.
+class _LogFile(logging.FileHandler):
+    """A log file that its owner alone may read; where it rotates, NAME.0.EXT is the newest of the
+    old ones. (`logging.handlers` would cost an idle agent a megabyte.) Raises OSError when it is
+    made, and nothing from then on: a full disk ends no call.
     """
-    from logging.handlers import RotatingFileHandler
 
-    class LogFile(RotatingFileHandler):
-        def _open(self) -> Any:
-            flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
-            return open(os.open(self.baseFilename, flags, 0o600), 'a', encoding='utf-8')
+    def __init__(self, path: str, rotates: bool):
+        os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
+        self._rotates = rotates
+        super().__init__(path, encoding='utf-8')
 
-        def handleError(self, record: logging.LogRecord) -> None:
-            """A full disk ends no call."""
+    def _open(self) -> Any:
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_CLOEXEC
+        return open(os.open(self.baseFilename, flags, 0o600), 'a', encoding='utf-8')
 
-    os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
-    handler = LogFile(path, maxBytes=LIMITS.log_file if rotates else 0, backupCount=LIMITS.old_logs)
-    base, extension = os.path.splitext(handler.baseFilename)
+    def emit(self, record: logging.LogRecord) -> None:
+        super().emit(record)
+        with contextlib.suppress(OSError, ValueError):
+            if self._rotates and self.stream.tell() > LIMITS.log_file:
+                self._rotate()
 
-    def name_of(name: str) -> str:
-        return '%s.%d%s' % (base, int(name.rpartition('.')[2]) - 1, extension)
+    def _rotate(self) -> None:
+        base, extension = os.path.splitext(self.baseFilename)
+        names = ['%s.%d%s' % (base, i, extension) for i in range(LIMITS.old_logs)]
+        for older, newer in reversed(list(zip(names[1:], names))):
+            with contextlib.suppress(FileNotFoundError):
+                os.replace(newer, older)
+        os.replace(self.baseFilename, names[0])
+        self.stream.close()
+        self.stream = self._open()
 
-    handler.namer = name_of
-    return handler
+    def handleError(self, record: logging.LogRecord) -> None:
+        """Says nothing."""
 
 
 def _operating_system() -> str:
@@ -8915,7 +8939,7 @@ def _logged_settings(arguments: Any, rotates: bool = False) -> Settings:
     try:
         if os.geteuid() == 0 and os.stat(settings.home).st_uid != 0 and not rotates:
             return settings  # root writes nothing in a folder where another one may have laid links
-        handler = _log_file(os.path.join(settings.home, _LOG_NAME), rotates)
+        handler = _LogFile(os.path.join(settings.home, _LOG_NAME), rotates)
     except OSError as error:
         logger.debug('There is no log file: %s', error)
         return settings
@@ -8932,7 +8956,7 @@ def _start_audit(settings: Settings) -> None:
     """From here on `audit` writes. Raises TentacleError: who asked for a record gets it."""
     path = os.path.join(settings.home, _AUDIT_NAME)
     try:
-        handler = _log_file(path, rotates=True)
+        handler = _LogFile(path, rotates=True)
     except OSError as error:
         raise TentacleError('The audit log %s can not be written: %s' % (path, error.strerror))
     handler.setFormatter(logging.Formatter('%(message)s'))
@@ -12564,6 +12588,17 @@ def _log_to_stderr(level: int) -> None:
     logger.setLevel(min(level, logging.INFO))
 
 
+def _formatter(words: Sequence[str]) -> Callable[..., Any]:
+    """How argparse lays out its help. It asks for the terminal's width whether there is help to be
+    shown or not, which costs an idle agent the memory of `shutil`: so it is told one.
+    """
+    import argparse
+
+    if '-h' in words or '--help' in words:
+        return argparse.RawDescriptionHelpFormatter
+    return functools.partial(argparse.RawDescriptionHelpFormatter, width=80)
+
+
 def _run_ours(command: Command, words: List[str]) -> int:
     """Parse and run one of our verbs; only its own parser is built."""
     import argparse
@@ -12571,7 +12606,7 @@ def _run_ours(command: Command, words: List[str]) -> int:
     parser = argparse.ArgumentParser(
         prog='tentacle.py ' + command.name,
         description=command.help,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+        formatter_class=_formatter(words),
         epilog='%sexample:\n  %s' % (command.words and command.words + '\n\n', command.example),
     )
     for names, settings in command.options + _COMMON_OPTIONS:
@@ -12700,7 +12735,11 @@ def _run_original(command: Command, words: List[str]) -> int:
     if not any('--format' in names for names, _ in options) and '--help' in words:
         options.append(_FORMAT_OPTION)
     taken, unknown = _original_form(options, words[1:])
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser = argparse.ArgumentParser(
+        add_help=False,
+        allow_abbrev=False,
+        formatter_class=_formatter(()),  # type: ignore[arg-type]
+    )
     for names, settings in options:
         parser.add_argument(*names, **settings)
     arguments = parser.parse_args(taken)
