@@ -639,10 +639,10 @@ def pem(label: str, der: bytes) -> str:
     return '-----BEGIN %s-----\n%s\n-----END %s-----\n' % (label, '\n'.join(lines), label)
 
 
-def write_private(path: str, data: bytes) -> None:
-    """Replace a file as a whole, readable by its owner alone; its folder is made (0700) where
-    missing. What root writes belongs to the owner of the old file, or else of the folder: an agent
-    that runs as that user must read it.
+def write_private(path: str, data: bytes, mode: int = 0o600) -> None:
+    """Replace a file as a whole, readable by its owner alone (or by `mode`); its folder is made,
+    for its owner alone, where it is missing. What root writes belongs to the owner of the old file,
+    or else of the folder: an agent that runs as that user must read it.
 
     Raises TentacleError that names the path and the remedy.
     """
@@ -652,7 +652,7 @@ def write_private(path: str, data: bytes) -> None:
     )
     try:
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600)
+        descriptor = os.open(temporary, os.O_WRONLY | os.O_CREAT | os.O_EXCL, mode)
         try:
             with open(descriptor, 'wb') as file:
                 file.write(data)
@@ -661,6 +661,7 @@ def write_private(path: str, data: bytes) -> None:
                 details = os.stat(folder or '.' if is_new else path)
                 if os.geteuid() == 0 and details.st_uid != 0:
                     os.fchown(file.fileno(), details.st_uid, details.st_gid)
+                os.fchmod(file.fileno(), mode)
                 os.fsync(file.fileno())
             os.replace(temporary, path)
         except BaseException:
@@ -834,14 +835,20 @@ def _identity_pem(text: str) -> str:
     return '\n'.join(keys + certificates) + '\n'
 
 
-def keep_identity(content: bytes, path: str, source: str, password: str = '') -> Identity:
-    """The same of a file's content; `source` is what errors name."""
+def keep_identity(
+    content: bytes, path: str, source: str, password: str = '', expected: str = ''
+) -> Identity:
+    """The same of a file's content; `source` is what errors name, `expected` the thumbprint that it
+    must have.
+    """
     # Checked beside the real one, so that a bad file leaves the identity as it was.
-    trial = path + '.import'
+    trial = '%s.%s.import' % (path, secrets.token_hex(4))
     try:
         text = _identity_pem(_pem_of(content, password))
         write_private(trial, text.encode('latin-1'))
-        load_identity(trial)
+        found = load_identity(trial).thumbprint
+        if expected not in ('', found):
+            raise TentacleError('its thumbprint is %s, and %s is expected' % (found, expected))
         os.replace(trial, path)
     except TentacleError as error:
         with contextlib.suppress(OSError):
@@ -1368,6 +1375,10 @@ class PinningAcceptor:
                 self._context = self._new_context()
             self._context_trusts = trusted
             return self._context
+
+    def trusts(self, stream: SecureStream) -> bool:
+        """Whether a peer is still pinned: between its handshake and its greeting is time enough."""
+        return is_pinned(stream.certificate, self._trusted())
 
     def wrap(self, sock: socket.socket) -> ssl.SSLSocket:
         """The socket as a TLS one that has not shaken hands; no I/O."""
@@ -3367,14 +3378,18 @@ class ServiceRegistry:
         """Run a request; whatever happens becomes a response, but for the end of the connection
         that its data streams come from: ConnectionLost, ProtocolError.
         """
-        audit('call', service=printable(request.service), method=printable(request.method))
+        facts = {'service': printable(request.service), 'method': printable(request.method)}
+        ticket = getattr(request.params[0], 'ticket', None) if request.params else None
+        audit('call', ticket=ticket, **facts)
         try:
             return Response(request.id, self._call(request))
         except (ConnectionLost, ProtocolError):
             raise
         except ServiceError as error:
+            audit('call-failed', reason=printable(error), **facts)
             return Response(request.id, error=error)
         except (TentacleError, OSError) as error:
+            audit('call-failed', reason=printable(error), **facts)
             logger.warning(
                 '%s.%s failed: %s',
                 printable(request.service),
@@ -3507,6 +3522,8 @@ class ScriptSpec(NamedTuple):
     mutex_timeout: float  # seconds, 0 = no limit
     files: List[ScriptFile]
     arguments: str  # as text, to be appended to the command line
+    by: Optional[str] = None  # the thumbprint of who asked, for the audit log
+    sha256: str = ''  # of the body, for the same
 
 
 DOOMED = '.doomed-'  # no ticket begins so
@@ -4321,8 +4338,6 @@ class RunningScript:
         self.failure: Optional[Exception] = None  # of the preparation
         self._runner = runner
         self._lock = threading.Lock()
-        self._by = getattr(caller, 'thumbprint', None)  # None: an agent before us took it
-        self._digest = spec.body and hashlib.sha256(spec.body.encode()).hexdigest()  # the same
         self._launched = False
         self._launches = 0
         self._exit_code = 0
@@ -4356,6 +4371,7 @@ class RunningScript:
         self.prepared.wait()
         if self._ended.is_set() or self.failure is not None:
             return
+        audit('script-cancelled', ticket=self.spec.ticket)
         if self._runner.mutex.withdraw(self):
             self._end_waiting(
                 CANCELED_WAITING_EXIT_CODE, 'The script was cancelled before it started'
@@ -4366,10 +4382,10 @@ class RunningScript:
     def facts(self) -> Dict[str, Any]:
         """What the audit log says of it."""
         return {
-            'thumbprint': self._by,
+            'thumbprint': self.spec.by,
             'ticket': self.spec.ticket,
             'task': printable(self.spec.task_id),
-            'sha256': self._digest,
+            'sha256': self.spec.sha256,
         }
 
     # -- its life, in the order of its steps
@@ -4581,7 +4597,8 @@ class ScriptRunner:
         try:
             script.prepare()
             logger.info('Script %s of %s starts', spec.ticket, printable(spec.task_id))
-            audit('script-started', **script.facts())
+            files = [printable(file.name) for file in spec.files]
+            audit('script-started', files=files, **script.facts())
             self.mutex.enter(script)
         except Exception as error:
             script.failure = error
@@ -4772,6 +4789,8 @@ def _spec(ticket: str, command: Any) -> ScriptSpec:
         min(max(command.mutex_timeout or 0, 0), NO_MUTEX_TIMEOUT),
         command.files,
         ' '.join(command.arguments),
+        getattr(caller, 'thumbprint', None),
+        hashlib.sha256((body or '').encode('utf-8', 'surrogatepass')).hexdigest(),
     )
 
 
@@ -5260,6 +5279,8 @@ class SecureListener(socketserver.TCPServer):
         with self.reporting(peer):
             stream = self._meet(sock, peer)
             if stream is not None and self._welcome(sock, stream):
+                if not self._acceptor.trusts(stream):
+                    raise UntrustedThumbprint('it is trusted no more', stream.thumbprint)
                 logger.info('%s: connected, thumbprint %s', peer, stream.thumbprint)
                 caller.peer, caller.thumbprint = peer, stream.thumbprint
                 audit('connection-accepted')
@@ -5295,6 +5316,7 @@ class SecureListener(socketserver.TCPServer):
             )
         except ProtocolError as error:
             logger.warning('%s: closed, it does not keep to the protocol: %s', peer, error)
+            audit('connection-refused', peer=peer, reason=printable(error))
         except Exception:  # a bug; this connection ends, the listener lives
             logger.exception('%s: closed by a bug', peer)
 
@@ -5333,6 +5355,7 @@ class SecureListener(socketserver.TCPServer):
             stream.peer,
             self._max_connections,
         )
+        audit('connection-refused', peer=stream.peer, reason='too many connections')
         return False
 
     def drop_untrusted(self, trusted: Container[str]) -> None:
@@ -5659,7 +5682,7 @@ class PollingTentacle:
     def _registered(self, stream: SecureStream) -> Iterator[None]:
         with self._changed:
             self._streams.append(stream)
-            if self._stopping:
+            if self._stopping or not is_pinned(stream.certificate, self._trusted()):
                 stream.hang_up()
         try:
             yield
@@ -7663,7 +7686,7 @@ class TrustedServer(NamedTuple):
         if isinstance(style, str):
             style = _STYLE_NAMES.get(style.lower(), 0)
         return cls(
-            str(document.get('Thumbprint') or '').upper(),
+            str(document.get('Thumbprint') or '').strip().upper(),
             style if isinstance(style, int) else 0,
             str(document.get('Address') or ''),
             str(document.get('SubscriptionId') or ''),
@@ -7732,19 +7755,21 @@ class Settings(NamedTuple):
         return list(OrderedDict.fromkeys(chosen))
 
 
-def read_settings_file(path: str) -> Dict[str, str]:
-    """The keys and texts of a settings file; {} where there is none. Raises TentacleError when it
-    is damaged.
+def read_settings_file(path: str, must_exist: bool = False) -> Dict[str, str]:
+    """The keys and texts of a settings file; {} where there is none, or FileNotFoundError. Raises
+    TentacleError when it is damaged.
     """
     from xml.etree import ElementTree
 
     try:
         root = ElementTree.parse(path).getroot()
     except FileNotFoundError:
+        if must_exist:
+            raise
         return {}
     except OSError as error:
         raise TentacleError('The settings %s can not be read: %s' % (path, error.strerror))
-    except (ElementTree.ParseError, ValueError) as error:
+    except (ElementTree.ParseError, ValueError, LookupError) as error:
         raise TentacleError(
             'The settings %s are damaged (%s): mend the file, or move it away to start anew'
             % (path, error)
@@ -7760,6 +7785,9 @@ def read_settings_file(path: str) -> Dict[str, str]:
 def _settings_xml(values: Dict[str, str]) -> bytes:
     from xml.sax.saxutils import escape, quoteattr
 
+    for key, text in values.items():
+        if re.search('[\x00-\x08\x0b\x0c\x0e-\x1f\ud800-\udfff\ufffe\uffff]', key + text):
+            raise UsageError('%s has characters that a settings file can not hold' % printable(key))
     lines = [
         '  <set key=%s>%s</set>' % (quoteattr(key), escape(text, {'\r': '&#13;'}))
         for key, text in sorted(values.items())
@@ -7820,7 +7848,7 @@ def read_trusted(path: str, values: Dict[str, str]) -> List[Dict[str, Any]]:
         servers = json.loads(text) if text else []
         if not isinstance(servers, list) or not all(isinstance(server, dict) for server in servers):
             raise ValueError('a list of servers expected')
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise TentacleError(
             '%s in %s is damaged (%s): mend it, or `tentacle.py configure --reset-trust`'
             % (KEY_TRUSTED, path, error)
@@ -7841,7 +7869,7 @@ def change_servers(
 
 
 def _has_thumbprint(server: Dict[str, Any], thumbprints: Container[str]) -> bool:
-    return str(server.get('Thumbprint')).upper() in thumbprints
+    return str(server.get('Thumbprint')).strip().upper() in thumbprints
 
 
 def change_trust(
@@ -7861,16 +7889,16 @@ def change_trust(
     change_servers(path, change, reset)
 
 
-def trust_server(path: str, added: TrustedServer) -> None:
-    """Add a server, in the place of an entry for the same address, or of the same thumbprint that
-    has none. Raises TentacleError.
+def trust_server(path: str, added: TrustedServer, alone: bool = False) -> None:
+    """Add a server, in the place of an entry of its thumbprint for the same address or for none,
+    or of all of them (`alone`). Raises TentacleError.
     """
 
     def is_replaced(server: Dict[str, Any]) -> bool:
         if not _has_thumbprint(server, [added.thumbprint]):
             return False
         address = str(server.get('Address') or '')
-        return not address or address.rstrip('/') == added.address.rstrip('/')
+        return alone or not address or address.rstrip('/') == added.address.rstrip('/')
 
     change_servers(
         path,
@@ -7884,9 +7912,9 @@ def _connections_of_environment() -> int:
     return min(max(int(text), 1), 512) if re.match(r'[0-9]{1,9}\Z', text) else 0
 
 
-def read_settings(path: str) -> Settings:
-    """Raises TentacleError for what the file has and we can not take."""
-    values = {key: text.strip() for key, text in read_settings_file(path).items()}
+def read_settings(path: str, must_exist: bool = False) -> Settings:
+    """Raises TentacleError for what the file has and we can not take; as `read_settings_file`."""
+    values = {key: text.strip() for key, text in read_settings_file(path, must_exist).items()}
     folder, name = os.path.split(path)
 
     def number(key: str, default: int, least: int, most: int) -> int:
@@ -7919,16 +7947,22 @@ def read_settings(path: str) -> Settings:
     certificate = CERTIFICATE_NAME
     if name != SETTINGS_NAME:  # a folder may hold the settings of several instances
         certificate = os.path.splitext(name)[0] + '.pem'
+    certificate = values.get(KEY_CERTIFICATE_FILE) or certificate
+    if os.path.basename(certificate) != certificate or certificate in ('.', '..'):
+        raise TentacleError(
+            '%s in %s must name a file in the folder of the settings, and is %s'
+            % (KEY_CERTIFICATE_FILE, path, printable(certificate))
+        )
     return Settings(
         path,
-        values.get(KEY_HOME) or folder,
+        os.path.normpath(os.path.join(folder, values.get(KEY_HOME) or folder)),
         number(KEY_PORT, LISTENING_PORT, 0, 65535),
         '' if address.lower() == 'any' else address,
         boolean(KEY_NO_LISTEN, False),
         tuple(map(TrustedServer.from_document, read_trusted(path, values))),
         _connections_of_environment() or number(KEY_POLLING_CONNECTIONS, 1, 1, 512),
         values.get(KEY_APPLICATIONS) or '/home/Octopus/Applications',
-        os.path.join(folder, values.get(KEY_CERTIFICATE_FILE) or certificate),
+        os.path.join(folder, certificate),
         values.get(KEY_CERTIFICATE, ''),
         values.get(KEY_THUMBPRINT, '').upper(),
         proxy(KEY_PROXY),
@@ -7971,9 +8005,12 @@ def _read_instance(record: str) -> Optional[Instance]:
 
 
 def instances() -> List[Instance]:
-    """Those of this machine, by name."""
+    """Those of this machine, by name; none where we may not see them."""
     folder = instances_folder()
-    names = sorted(os.listdir(folder)) if os.path.isdir(folder) else []
+    try:
+        names = sorted(os.listdir(folder))
+    except OSError:
+        names = []
     found = [_read_instance(os.path.join(folder, name)) for name in names if name[-7:] == '.config']
     return [instance for instance in found if instance is not None]
 
@@ -7994,6 +8031,11 @@ def find_instance(name: str) -> Instance:
 def create_instance(name: str, settings_path: str, home: Optional[str]) -> None:
     """Make the settings file where it is missing, and record the instance. Raises TentacleError."""
     record = _instance_record(name)
+    known = _read_instance(record)
+    if known is not None and known.name.lower() != name.lower():
+        raise TentacleError(
+            'The instance %s has the same record, %s: choose another name' % (known.name, record)
+        )
 
     def change(values: Dict[str, str]) -> None:
         if home is not None:
@@ -8002,7 +8044,11 @@ def create_instance(name: str, settings_path: str, home: Optional[str]) -> None:
 
     change_settings(settings_path, change)
     facts = {'Name': name, 'ConfigurationFilePath': settings_path}
-    write_private(record, json.dumps(facts, indent=2).encode())
+    try:  # an agent that runs as another user must find it
+        os.makedirs(os.path.dirname(record), mode=0o755, exist_ok=True)
+    except OSError as error:
+        raise TentacleError('%s can not be written: %s' % (record, error.strerror))
+    write_private(record, json.dumps(facts, indent=2).encode(), mode=0o644)
 
 
 def delete_instance(instance: Instance) -> None:
@@ -8014,15 +8060,22 @@ def delete_instance(instance: Instance) -> None:
 
 
 def find_settings(home: Optional[str] = None) -> str:
-    """The settings file: of `home`, else $TENTACLE_HOME, else the default instance's, else the
-    user's own.
+    """The settings file: of `home`, else $TENTACLE_HOME, else the default instance's or the only
+    one's, else the user's own.
     """
     home = home or os.environ.get('TENTACLE_HOME')
     if home:
-        return os.path.join(os.path.abspath(home), SETTINGS_NAME)
+        ours = os.path.join(os.path.abspath(home), SETTINGS_NAME)
+        theirs = [] if os.path.exists(ours) else instances()
+        paths = [entry.settings_path for entry in theirs]
+        paths = [path for path in paths if os.path.dirname(path) == os.path.dirname(ours)]
+        return paths[0] if len(paths) == 1 else ours
     instance = _read_instance(_instance_record(DEFAULT_INSTANCE))
     if instance:
         return instance.settings_path
+    known = instances()
+    if len(known) == 1:
+        return known[0].settings_path
     home = '/etc/octopus/default' if os.geteuid() == 0 else os.path.expanduser('~/.tentacle')
     return os.path.join(home, SETTINGS_NAME)
 
@@ -8046,7 +8099,7 @@ def _take_over(settings: Settings) -> Identity:
     """
     what = '%s in %s' % (KEY_CERTIFICATE, settings.path)
     pfx = unprotect(settings.original_certificate, what)
-    identity = keep_identity(pfx.encode(), settings.certificate_path, what)
+    identity = keep_identity(pfx.encode(), settings.certificate_path, what, '', settings.thumbprint)
     logger.info('The certificate of the original is ours now: %s', identity.thumbprint)
     return identity
 
@@ -8065,6 +8118,12 @@ def existing_identity(settings: Settings) -> Optional[Identity]:
     if settings.original_certificate and (identity is None or settings.thumbprint):
         identity = _take_over(settings)
         record_identity(settings, identity)
+    if identity is None and settings.thumbprint:
+        raise TentacleError(
+            'The certificate with the thumbprint %s is gone: %s is not there. Restore it, or make '
+            'a new identity with `tentacle.py new-certificate` (the other sides must then trust '
+            'its new thumbprint)' % (printable(settings.thumbprint), settings.certificate_path)
+        )
     return identity
 
 
@@ -8108,6 +8167,8 @@ def our_subscription(settings: Settings) -> str:
 def script_environment(settings: Settings, instance: str = DEFAULT_INSTANCE) -> Dict[str, str]:
     """The environment of a script (wire notes 4): ours, and what deployments look for."""
     environment = dict(os.environ)
+    for name in ('NOTIFY_SOCKET', 'OCTOPUS_API_KEY'):  # for us alone
+        environment.pop(name, None)
     program = os.path.abspath(__file__)
     proxy = settings.proxy
     try:
@@ -8165,8 +8226,12 @@ class Watched:
                 self._seen = seen
                 try:
                     self._content = self._read()
+                except FileNotFoundError:
+                    self._seen = None  # another one replaces it just now
                 except TentacleError as error:
                     logger.error('Who is trusted stays as it was: %s', error)
+                except Exception:  # a bug
+                    logger.exception('Who is trusted stays as it was')
             return self._content
 
 
@@ -8177,8 +8242,15 @@ class TrustedThumbprints:
 
     def __init__(self, path: str, given: Iterable[str] = ()):
         self._given = frozenset(given)
+        is_first = True
+
+        def read() -> Settings:
+            nonlocal is_first
+            must_exist, is_first = not is_first, False
+            return read_settings(path, must_exist)
+
         #: the settings as they are now
-        self.settings: Callable[[], Settings] = Watched(path, lambda: read_settings(path))
+        self.settings: Callable[[], Settings] = Watched(path, read)
 
     def __call__(self) -> FrozenSet[str]:
         return self._given.union(self.settings().trusted)
@@ -8686,6 +8758,7 @@ def _wants_json(arguments: Any) -> bool:
 def _complain(text: str) -> None:
     """What went wrong, on stderr, as one line."""
     print('tentacle.py: ' + printable(text, 2000), file=sys.stderr, flush=True)
+    told_logger.error('%s', printable(text, 2000))
 
 
 def _settings_path(arguments: Any) -> str:
@@ -8699,7 +8772,16 @@ def _settings_path(arguments: Any) -> str:
         return path
     if getattr(arguments, 'instance', None) is not None:
         return find_instance(arguments.instance).settings_path
-    return find_settings(arguments.home)
+    path = find_settings(arguments.home)
+    is_vague = getattr(arguments, 'must_choose', False) and not (
+        arguments.home or os.environ.get('TENTACLE_HOME') or os.path.exists(path)
+    )
+    if is_vague and len(instances()) > 1:
+        raise UsageError(
+            'There are several instances on this machine: which one? --instance NAME. Available '
+            'instances: %s' % ', '.join(entry.name for entry in instances())
+        )
+    return path
 
 
 def _settings(arguments: Any) -> Settings:
@@ -8717,6 +8799,8 @@ def _program(arguments: Any, command: str) -> str:
         words += ['--config', os.path.abspath(arguments.config)]
     elif getattr(arguments, 'instance', None) is not None:
         words += ['--instance', arguments.instance]
+    elif home and COMMANDS[verb].is_original:
+        words += ['--config', find_settings(home)]  # --home would set it in a default instance
     elif home:
         words += ['--home', os.path.abspath(home)]
     return ' '.join(shlex.quote(word) for word in words + rest)
@@ -8840,6 +8924,7 @@ class _LogFile(logging.FileHandler):
     def __init__(self, path: str, rotates: bool):
         os.makedirs(os.path.dirname(path), mode=0o700, exist_ok=True)
         self._rotates = rotates
+        self._has_failed = False
         super().__init__(path, encoding='utf-8')
 
     def _open(self) -> Any:
@@ -8863,7 +8948,15 @@ class _LogFile(logging.FileHandler):
         self.stream = self._open()
 
     def handleError(self, record: logging.LogRecord) -> None:
-        """Says nothing."""
+        """Says it once, where it still can be said."""
+        if not self._has_failed:
+            self._has_failed = True
+            reason = sys.exc_info()[1]
+            print(
+                'tentacle.py: %s can not be written: %s' % (self.baseFilename, reason),
+                file=sys.stderr,
+                flush=True,
+            )
 
 
 def _operating_system() -> str:
@@ -8883,21 +8976,24 @@ def _user_name() -> str:
         return str(os.geteuid())
 
 
-_SECRET_OPTION = re.compile(r'(?:--?|/)[\w-]*(?:password|apikey|token|pw)', re.I)
+#: Options whose values are secrets.
+_SECRET_OPTIONS = frozenset(
+    'apikey bearertoken key password p pw pfx-password proxypassword'.split()
+)
 
 
 def _shown_words(words: Sequence[str]) -> str:
     """A command line for a log, without its secrets."""
     shown, is_secret = [], False
     for word in words:
-        match = _SECRET_OPTION.match(word)
+        match = re.match(r'((?:--|-|/)([\w-]+))([=:].*)?\Z', word, re.S)
+        names_secret = bool(match) and match.group(2).lower() in _SECRET_OPTIONS  # type: ignore
         if is_secret:
-            shown.append('***')
-        elif match and re.match('[=:]', word[match.end() :]):
-            shown.append(match.group() + '=***')
-        else:
-            shown.append(word)
-        is_secret = bool(match and match.end() == len(word) and not is_secret)
+            word = '***'
+        elif names_secret and match and match.group(3):
+            word = match.group(1) + '=***'
+        shown.append(re.sub(r'(://[^/\s:@]*:)[^/\s]*@', r'\1***@', word))
+        is_secret = names_secret and not (match and match.group(3)) and not is_secret
     return printable(' '.join(shown), 2000)
 
 
@@ -8908,6 +9004,13 @@ def _instance_name(arguments: Any, settings: Settings) -> str:
     if given in names or not names:
         return given or DEFAULT_INSTANCE
     return names[0]
+
+
+def _current_folder() -> str:
+    try:
+        return os.getcwd()
+    except OSError:
+        return 'deleted'
 
 
 def _start_up_facts(arguments: Any, settings: Settings) -> List[str]:
@@ -8923,7 +9026,7 @@ def _start_up_facts(arguments: Any, settings: Settings) -> List[str]:
         '  CurrentUser: ' + _user_name(),
         '  MachineName: ' + socket.gethostname(),
         '  ProcessorCount: %d' % (os.cpu_count() or 1),
-        '  CurrentDirectory: ' + printable(os.getcwd()),
+        '  CurrentDirectory: ' + printable(_current_folder()),
         '  TempDirectory: ' + os.path.join(os.environ.get('TMPDIR') or '/tmp', ''),
         '  HostProcessName: tentacle.py',
         '  PID: %d' % os.getpid(),
@@ -9164,7 +9267,7 @@ def _configured_pollers(
     settings: Settings,
     services: AgentServices,
     identity: Identity,
-    trusted: Callable[[], FrozenSet[str]],
+    trusted: TrustedThumbprints,
     connections: int,
     proxy_of: Callable[[str], Optional[Proxy]],
 ) -> List[PollingTentacle]:
@@ -9176,12 +9279,20 @@ def _configured_pollers(
         if not (server.address and server.subscription):
             logger.error('%s is not polled: it has no address, or no subscription', server)
             continue
-        own = frozenset([server.thumbprint])
+
+        def pinned(known: TrustedServer = server) -> FrozenSet[str]:
+            """Who this server is by the settings as they are now."""
+            place = (known.address, known.subscription)
+            polled = trusted.settings().polled()
+            return frozenset(
+                entry.thumbprint for entry in polled if (entry.address, entry.subscription) == place
+            )
+
         try:
             agent = PollingTentacle(
                 services,
                 identity,
-                lambda own=own: own & trusted(),
+                pinned,
                 [server.address],
                 server.subscription,
                 connections,
@@ -10596,6 +10707,9 @@ def _trust(arguments: Any) -> int:
 # -- the original's commands: instances, certificates and settings
 
 
+UNIT_FOLDER = '/etc/systemd/system'
+
+
 def _restart_hint() -> None:
     say('A running agent takes this over when it is restarted.')
 
@@ -10624,7 +10738,7 @@ def _connection_count(text: str) -> int:
     'create-instance',
     'Make the settings of a tentacle, and register it by a name on this machine',
     _value('--instance', 'Name of the instance; Tentacle, the default one, where there is none'),
-    _value('--config', 'Settings file to make (default: tentacle-NAME.config in the home)'),
+    _value('--config', 'Settings file to make (default: tentacle-default.config in the home)'),
     _value('--home', 'Home directory (default: where the settings file is)'),
     has_instance=False,
 )
@@ -10638,16 +10752,29 @@ def _create_instance(arguments: Any) -> int:
         raise UsageError('Where shall its settings be? --config FILE or --home DIR expected')
     if os.path.isdir(path):
         raise UsageError('--config %s is a directory: name a file' % printable(path))
+    before = [entry for entry in instances() if entry.name == name]
     create_instance(name, path, home)
+    if before and before[0].settings_path != path:
+        say('Until now it was %s, which stays where it is' % before[0].settings_path)
     say("Instance '%s' uses configuration '%s'." % (name, path))
     return 0
 
 
 @_original('delete-instance', 'Forget an instance; its settings and its home stay where they are')
 def _delete_instance(arguments: Any) -> int:
-    instance = find_instance(arguments.instance or DEFAULT_INSTANCE)
+    if arguments.config is not None:
+        path = os.path.abspath(arguments.config)
+        named = [entry for entry in instances() if entry.settings_path == path]
+        if not named:
+            raise TentacleError('There is no instance with the settings %s' % path)
+        instance = named[0]
+    else:
+        instance = find_instance(arguments.instance or DEFAULT_INSTANCE)
     delete_instance(instance)
     say('Deleted instance: %s. Its settings are still at %s' % instance)
+    unit = os.path.join(UNIT_FOLDER, instance.name.replace(' ', '-') + '.service')
+    if os.path.exists(unit):
+        say('Its service is still there: systemctl disable --now, and remove %s' % unit)
     return 0
 
 
@@ -10707,7 +10834,9 @@ def _new_certificate(arguments: Any) -> int:
     if exports != [None, None]:
         return _export_certificate(arguments)
     settings = _logged_settings(arguments)
-    if arguments.if_blank:
+    if arguments.if_blank and (
+        settings.original_certificate or os.path.exists(settings.certificate_path)
+    ):
         existing = existing_identity(settings)
         if existing is not None:
             say('A certificate is there already, its thumbprint is ' + existing.thumbprint)
@@ -10931,11 +11060,11 @@ def _server_address(text: str, port: Optional[str], default_port: int = POLLING_
     """
     from urllib.parse import urlsplit
 
-    parts = urlsplit(text if '://' in text else 'https://' + text)
     try:
+        parts = urlsplit(text if '://' in text else 'https://' + text)
         known_port = parts.port
-    except ValueError:
-        raise UsageError('%s has no port that is one' % printable(text))
+    except ValueError as error:
+        raise UsageError('%s is no server: %s' % (printable(text), error))
     if parts.scheme not in ('http', 'https') or not parts.hostname or parts.path.strip('/'):
         raise UsageError('%s is no server: a host or https://HOST:PORT/ expected' % printable(text))
     host = '[%s]' % parts.hostname if ':' in parts.hostname else parts.hostname
@@ -10979,10 +11108,8 @@ def _server_comms(arguments: Any) -> int:
         raise TentacleError('%s is not trusted: first configure --trust %s' % (wanted, wanted))
     known = [server.subscription for server in settings.servers if server.thumbprint == wanted]
     subscription = ([text for text in known if text] or [new_subscription()])[0]
-    if not address:  # it is polled nowhere any more
-        change_trust(settings.path, remove=[wanted])
-        subscription = ''
-    trust_server(settings.path, TrustedServer(wanted, style, address, subscription))
+    changed = TrustedServer(wanted, style, address, subscription if address else '')
+    trust_server(settings.path, changed, alone=not address)
     if address:
         say('%s is polled at %s for %s' % (wanted, address, subscription))
     else:
@@ -11088,7 +11215,7 @@ def _show_configuration(arguments: Any) -> int:
     }
     text = json.dumps(facts, indent=2, ensure_ascii=False)
     if arguments.file:
-        write_file(arguments.file, text.encode() + b'\n')
+        write_file(arguments.file, text.encode('utf-8', 'backslashreplace') + b'\n')
     else:
         print(text, flush=True)
     return 0
@@ -11097,7 +11224,6 @@ def _show_configuration(arguments: Any) -> int:
 # -- the service
 
 
-UNIT_FOLDER = '/etc/systemd/system'
 _UNIT = """\
 [Unit]
 Description=Octopus Tentacle %(name)s (tentacle.py)
@@ -11129,6 +11255,13 @@ _CRON_HINT = (
 )
 
 
+def _unit_word(text: str) -> str:
+    """A word in a unit file (systemd.syntax(7)). Raises UsageError."""
+    if not text.isprintable():
+        raise UsageError('%s can not stand in the file of a service' % printable(text))
+    return '"%s"' % text.replace('\\', '\\\\').replace('"', '\\"').replace('%', '%%')
+
+
 class _Service:
     """The systemd unit of an instance: of the system for root, of its user for others.
 
@@ -11140,10 +11273,20 @@ class _Service:
         self._is_root = os.geteuid() == 0
         # Looked up first: an instance that is not there is told of ahead of all else.
         self._settings_path = _settings_path(arguments)
+        if not os.path.isfile(self._settings_path):
+            raise TentacleError(
+                'There are no settings %s yet: create-instance makes them' % self._settings_path
+            )
+        recorded = [
+            entry.name for entry in instances() if entry.settings_path == self._settings_path
+        ]
+        #: None: the settings are of no instance that has a name
+        self._instance: Optional[str] = None
         self.name = 'OctopusDeploy-Tentacle'
-        if arguments.config is None:
-            instance = arguments.instance or DEFAULT_INSTANCE
-            self.name = re.sub(r'\s+', '-', instance.replace('/', ''))
+        if arguments.config is None and recorded:
+            self._instance = arguments.instance or recorded[0]
+            name = re.sub(r'\s+', '-', self._instance.replace('/', ''))
+            self.name = re.sub(r'[^A-Za-z0-9:_.@-]', '_', name).lstrip('-') or self.name
         folder = UNIT_FOLDER
         if not self._is_root:
             configuration = os.environ.get('XDG_CONFIG_HOME') or os.path.expanduser('~/.config')
@@ -11152,13 +11295,9 @@ class _Service:
 
     def _agent_words(self) -> List[str]:
         words = [sys.executable, os.path.abspath(__file__), 'agent']
-        if self._arguments.config is not None:
+        if self._instance is None:
             return words + ['--config', self._settings_path, '--noninteractive']
-        return words + [
-            '--instance',
-            self._arguments.instance or DEFAULT_INSTANCE,
-            '--noninteractive',
-        ]
+        return words + ['--instance', self._instance, '--noninteractive']
 
     def require_systemd(self) -> None:
         import shutil
@@ -11191,38 +11330,52 @@ class _Service:
                 )
             )
 
-    def _unit(self) -> str:
-        words = [
-            '"%s"' % re.sub(r'(["\\])', r'\\\1', w).replace('%', '%%').replace('$', '$$')
-            for w in self._agent_words()
-        ]
-        user = self._arguments.username
+    def _old_user(self) -> str:
+        """Whom the unit names that is there already, be it ours or the original's."""
+        with contextlib.suppress(OSError, ValueError), open(self._path, encoding='utf-8') as file:
+            match = re.search(r'^User=(\S+)', file.read(), re.M)
+            return match.group(1) if match else ''
+        return ''
+
+    def _unit(self, user: str) -> str:
         name = 'TentacleMachineConfigurationHomeDirectory'
-        environment = ''
+        lines = 'User=%s\n' % user if user else ''
         if os.environ.get(name):
-            environment = 'Environment="%s=%s"\n' % (name, os.environ[name].replace('%', '%%'))
+            lines += 'Environment=%s\n' % _unit_word('%s=%s' % (name, os.environ[name]))
         return _UNIT % {
             'name': self.name,
-            'user': ('User=%s\n' % user if user and self._is_root else '') + environment,
-            'command': ' '.join(words),
+            'user': lines,
+            'command': ' '.join(
+                _unit_word(word).replace('$', '$$') for word in self._agent_words()
+            ),
             'target': 'multi-user.target' if self._is_root else 'default.target',
         }
 
     def install(self) -> None:
-        if self._arguments.username:
-            self._give_to(self._arguments.username)
-        unit = self._unit()
+        user = self._arguments.username or (self._old_user() if self._is_root else '')
+        unit = self._unit(user if user != 'root' else '')
+        if self._arguments.username or user not in ('', 'root'):
+            self._give_to(user)
+        is_new = not os.path.exists(self._path)
         os.makedirs(os.path.dirname(self._path), exist_ok=True)
         write_file(self._path, unit.encode())
         os.chmod(self._path, 0o644)
-        self.systemctl('daemon-reload')
-        self.systemctl('enable', self.name)
-        say('Service installed: %s, as %s' % (self.name, self._path))
+        try:
+            self.systemctl('daemon-reload')
+            self.systemctl('enable', self.name)
+        except TentacleError:
+            if is_new:
+                os.unlink(self._path)
+            raise
+        runs_as = user or ('root' if self._is_root else _user_name())
+        say('Service installed: %s, as %s, to run as %s' % (self.name, self._path, runs_as))
         if not self._is_root:
             say('So that it runs while nobody is logged in: loginctl enable-linger')
 
     def _give_to(self, user: str) -> None:
-        """Let a user have the settings, the key and the home of the instance."""
+        """Let a user have the settings, the key and what an agent writes in the home. Nothing is
+        given that a third one could have put there.
+        """
         import pwd
 
         if not self._is_root:
@@ -11233,13 +11386,44 @@ class _Service:
             raise UsageError('--username %s: there is no such user' % printable(user))
         settings = read_settings(self._settings_path)
         our_identity(settings)
-        kept = [settings.path, settings.certificate_path, settings.home]
-        for part in ('Logs', 'Work', '.uploads'):
-            for folder, folders, files in os.walk(os.path.join(settings.home, part)):
-                kept += [folder] + [os.path.join(folder, name) for name in folders + files]
-        for path in kept:
-            with contextlib.suppress(FileNotFoundError):
+        folder = os.path.dirname(settings.path)
+        for path in (settings.path, settings.certificate_path, folder, settings.home):
+            details = os.lstat(path)
+            is_linked = not stat.S_ISDIR(details.st_mode) and details.st_nlink > 1
+            is_linked = is_linked or stat.S_ISLNK(details.st_mode)
+            if is_linked or details.st_uid not in (0, owner.pw_uid):
+                raise TentacleError(
+                    '%s is a link, or belongs neither to root nor to %s: it is not given to %s'
+                    % (path, user, user)
+                )
+        if not os.path.isdir(settings.home):
+            raise TentacleError('The home directory %s is none' % settings.home)
+        os.chown(settings.path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
+        os.chown(settings.certificate_path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
+        for path in {folder, settings.home}:
+            if not instances_folder().startswith(os.path.join(path, '')):  # that one is for all
                 os.chown(path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
+        with contextlib.suppress(FileExistsError):
+            os.close(
+                os.open(os.path.join(settings.home, 'poll.lock'), os.O_CREAT | os.O_EXCL, 0o600)
+            )
+        lock = os.path.join(settings.home, 'poll.lock')
+        os.chown(lock, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
+        for part in ('Logs', 'Work', '.uploads'):
+            top = os.path.join(settings.home, part)
+            with contextlib.suppress(FileExistsError):
+                os.mkdir(top, 0o700)
+            if stat.S_ISDIR(os.lstat(top).st_mode):
+                os.chown(top, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
+            for _, folders, files, descriptor in os.fwalk(top):  # follows no link
+                for name in folders + files:
+                    os.chown(
+                        name,
+                        owner.pw_uid,
+                        owner.pw_gid,
+                        dir_fd=descriptor,
+                        follow_symlinks=False,
+                    )
 
     def _require_unit(self) -> None:
         if not os.path.exists(self._path):
@@ -11312,6 +11496,14 @@ def _service(arguments: Any) -> int:
 
 _REST_SECONDS = 60.0
 _REST_BYTES = 64 << 20  # of an answer: all machines of a large server
+
+
+class _ServerRefuses(TentacleError):
+    """The server's answer is an error."""
+
+    def __init__(self, message: str, status: int):
+        super().__init__(message)
+        self.status = status  #: of HTTP
 
 
 class OctopusServer:
@@ -11404,8 +11596,10 @@ class OctopusServer:
             with self._opener.open(request, timeout=_REST_SECONDS) as answer:
                 content = answer.read(_REST_BYTES + 1)
         except urllib.error.HTTPError as error:
-            with error:
-                raise self._refused(method, url, error, error.read(1 << 20))
+            content = b''
+            with error, contextlib.suppress(OSError, http.client.HTTPException):
+                content = error.read(1 << 20)
+            raise self._refused(method, url, error, content)
         except TentacleError:
             raise
         except (OSError, ValueError, http.client.HTTPException) as error:
@@ -11414,7 +11608,7 @@ class OctopusServer:
             raise TentacleError('%s answers with more than %d bytes' % (url, _REST_BYTES))
         try:
             return json.loads(content.decode('utf-8-sig')) if content.strip() else None
-        except ValueError:
+        except (ValueError, RecursionError):
             raise TentacleError(
                 '%s answers with no JSON: is that the address of an Octopus Server? %s'
                 % (url, printable(content[:100].decode(errors='replace')))
@@ -11423,17 +11617,20 @@ class OctopusServer:
     @staticmethod
     def _refused(method: str, url: str, error: Any, content: bytes) -> TentacleError:
         said = []
-        with contextlib.suppress(ValueError):
+        with contextlib.suppress(ValueError, RecursionError):
             facts = json.loads(content.decode('utf-8-sig'))
             if isinstance(facts, dict):
-                said = [facts.get('ErrorMessage')] + list(facts.get('Errors') or ())
+                errors = facts.get('Errors')
+                said = [facts.get('ErrorMessage')] + (errors if isinstance(errors, list) else [])
         text = ' '.join(printable(part, 1000) for part in said if part)
         if error.code in (301, 302, 303, 307, 308):
             text = 'it moved to %s: give that as --server' % printable(error.headers['Location'])
         if error.code == 401:
             text = (text + ' Is the API key right?').strip()
-        return TentacleError(
-            'The server refuses %s %s (%d): %s' % (method, url, error.code, text or error.reason)
+        return _ServerRefuses(
+            'The server refuses %s %s (%d): %s'
+            % (method, url, error.code, text or printable(error.reason)),
+            error.code,
         )
 
     def _not_reached(self, reason: Any) -> TentacleError:
@@ -11444,6 +11641,8 @@ class OctopusServer:
                 % (self.url, reason.verify_message, self.seen_thumbprint() or 'THUMBPRINT')
             )
         way = ' through the proxy %s' % str(self._proxy) if self._proxy is not None else ''
+        if 'WRONG_VERSION_NUMBER' in str(reason):
+            reason = 'it speaks no TLS; is it http://?'
         return TentacleError('%s can not be reached%s: %s' % (self.url, way, printable(reason)))
 
     def seen_thumbprint(self) -> Optional[str]:
@@ -11518,14 +11717,15 @@ def _login(arguments: Any) -> Tuple[Dict[str, str], Optional[Dict[str, str]]]:
         raise UsageError('--username and --password belong together')
     if not arguments.server:
         raise UsageError('Which Octopus Server? --server https://HOST expected')
+    for text in (key, token):
+        if text and not (text.isascii() and text.isprintable()):
+            raise UsageError('The API key has characters that none has: is it another file?')
     if token:
         return {'Authorization': 'Bearer ' + token}, None
     if user:
         return {}, {'Username': user, 'Password': password}
     if not key:
         raise UsageError('Who are you there? --apiKey KEY or $OCTOPUS_API_KEY expected')
-    if not key.isascii() or not key.isprintable():
-        raise UsageError('The API key has characters that none has: is it another file?')
     return {'X-Octopus-ApiKey': key}, None
 
 
@@ -11533,9 +11733,9 @@ def _host_of_url(url: str, port: int) -> str:
     """`https://host:port/` of the URL of a web site, whose path is of no interest. Raises
     UsageError.
     """
-    match = re.match(r'https?://[^/?#]+', url, re.I)
+    match = re.match(r'https?://[^/?#@]+(?=[/?#]|\Z)', url, re.I)
     if not match:
-        raise UsageError('--server %s: https://HOST expected' % printable(url))
+        raise UsageError('--server must be https://HOST, without a password in it')
     return _server_address(match.group(), None, port)
 
 
@@ -11550,8 +11750,8 @@ def _octopus_server(arguments: Any, proxy_of: Callable[[str], Optional[Proxy]]) 
     headers, login = _login(arguments)
     url = arguments.server if '://' in arguments.server else 'https://' + arguments.server
     pinned = arguments.server_thumbprint and parse_thumbprint(arguments.server_thumbprint)
-    if url.lower().startswith('http://'):
-        logger.info('%s is not encrypted: whoever is on the way can read the API key', url)
+    if pinned and url.lower().startswith('http://'):
+        raise UsageError('--server-thumbprint is for https://, and --server is %s' % url)
     proxy = proxy_of(_host_of_url(url, 443))
     server = OctopusServer(url, headers, proxy, pinned, arguments.insecure)
     if login is not None:
@@ -11626,10 +11826,15 @@ def _ids(server: OctopusServer, path: str, what: str, names: Sequence[str]) -> L
     return [ids[0] for ids in found.values()]
 
 
+def _list_of(value: Any) -> List[Any]:
+    return value if isinstance(value, list) else []
+
+
 def _tags(server: OctopusServer, path: str, names: Sequence[str]) -> List[str]:
     """Tenant tags by their canonical names. Raises TentacleError."""
     sets = _all(server, path) if names else []
-    known = [str(tag.get('CanonicalTagName')) for entry in sets for tag in entry.get('Tags') or ()]
+    tags = [tag for entry in sets for tag in _list_of(entry.get('Tags'))]
+    known = [str(tag.get('CanonicalTagName')) for tag in tags if isinstance(tag, dict)]
     for name in names:
         if name.lower() not in map(str.lower, known):
             raise TentacleError(
@@ -11673,8 +11878,11 @@ def _polled_thumbprint(server: OctopusServer, address: str, proxy: Optional[Prox
     """
     seen = _server_at(address, proxy)
     named = None
-    with contextlib.suppress(TentacleError):
+    try:
         named = _thumbprint_of_server(server)
+    except _ServerRefuses as error:
+        if error.status not in (403, 404):  # who may register need not be allowed to see that
+            raise
     if named not in (None, seen):
         raise UntrustedThumbprint(
             '%s shows the thumbprint %s, and %s says that it has %s: somebody may stand between. '
@@ -11707,6 +11915,10 @@ class _Registration:
         self._port = arguments.tentacle_comms_port and _number(
             '--tentacle-comms-port', arguments.tentacle_comms_port, 1, 65535
         )
+        host = (arguments.publicHostName or socket.gethostname()).lower()
+        self._host = '[%s]' % host if ':' in host else host
+        if not re.match(r'[\w.-]+\Z|\[[0-9a-f:.]+\]\Z', self._host):
+            raise UsageError('--publicHostName %s is no name of a host' % printable(host))
         subscription = arguments.server_subscription_id
         self._subscription = subscription and parse_subscription(subscription)
 
@@ -11732,7 +11944,10 @@ class _Registration:
         trust_server(settings.path, TrustedServer(thumbprint, style, self._address, subscription))
         say('Machine registered successfully: %s, %s' % (name, body['Endpoint']['Uri']))
         say('Trusted is the server with the thumbprint ' + thumbprint)
-        _restart_hint()
+        if server.url.lower().startswith('http://'):
+            say('The API key went there unencrypted: whoever is on the way could read it')
+        if self._is_active:
+            _restart_hint()
         return 0
 
     def _body(
@@ -11759,11 +11974,11 @@ class _Registration:
             return body
         proxies = [arguments.proxy] if arguments.proxy else []
         (proxy,) = _ids(server, space + '/proxies/all', 'proxy', proxies) or [None]
-        host = (arguments.publicHostName or socket.gethostname()).lower()
+        host = self._host
         port = self._port or self._settings.port
         body['Endpoint'] = {
             'CommunicationStyle': 'TentaclePassive',
-            'Uri': 'https://%s:%d/' % ('[%s]' % host if ':' in host else host, port),
+            'Uri': parse_target_uri('https://%s:%d/' % (host, port)),
             'Thumbprint': self._identity.thumbprint,
             'ProxyId': proxy,
         }
@@ -11882,7 +12097,9 @@ def _deregister(arguments: Any, kind: str, machines: str) -> int:
     path = '%s/%s/all' % (_space_path(server, arguments.space or None), machines)
     ours = []
     for entry in _all(server, path):
-        shown = str(entry.get('Thumbprint') or (entry.get('Endpoint') or {}).get('Thumbprint'))
+        endpoint = entry.get('Endpoint')
+        own = endpoint.get('Thumbprint') if isinstance(endpoint, dict) else None
+        shown = str(entry.get('Thumbprint') or own)
         if shown.upper() == thumbprint:
             ours.append(entry)
     if not ours:
@@ -12003,7 +12220,7 @@ _QUESTIONS = (
     ),
     _Question(
         'directory',
-        'Directory of its settings and logs',
+        'Directory in which its settings and logs get one of their own',
         lambda answers: '/etc/octopus' if os.geteuid() == 0 else os.path.expanduser('~/.tentacle'),
         lambda answers: True,
     ),
@@ -12171,7 +12388,7 @@ def _setup_commands(answers: Any) -> List[List[str]]:
         words = ['polling-proxy', *instance, '--proxyEnable', 'True', '--proxyHost', proxy.host]
         words += ['--proxyPort', str(proxy.port)]
         if proxy.user:
-            words += ['--proxyUsername', proxy.user, '--proxyPassword', proxy.password[:]]
+            words += ['--proxyUsername', proxy.user]
         commands.append(words)
     if answers.server:
         words = ['register-with', *instance, '--server', answers.server, '--name', answers.name]
@@ -12222,6 +12439,17 @@ def _prove(settings: Settings) -> int:
     return code
 
 
+def _keep_proxy_password(answers: Any) -> None:
+    """In no process list: so by no command."""
+    password = parse_proxy(answers.proxy).password[:]
+    change_settings(
+        find_instance(answers.instance).settings_path,
+        lambda values: values.update(
+            {KEY_POLLING_PROXY + 'ProxyPassword': protect(password) if password else ''}
+        ),
+    )
+
+
 @_command(
     'setup',
     'ask what is needed to set a tentacle up with an Octopus Server, and do it',
@@ -12258,6 +12486,8 @@ def _setup(arguments: Any) -> int:
                 'That failed, and what comes after it was not done. Mend it, and run setup again: '
                 'what was done stays as it is'
             )
+        if words[0] == 'polling-proxy':
+            _keep_proxy_password(answers)
     settings = read_settings(find_instance(answers.instance).settings_path)
     if answers.no_service:
         agent = ['python3', os.path.abspath(__file__), 'agent', '--instance', answers.instance]
@@ -12571,9 +12801,6 @@ def _no_command(words: Sequence[str]) -> int:
     if not any(words):
         sys.stdout.write(_overview())
         return 2
-    if words[0] in ('-h', '-?', '/?'):
-        sys.stdout.write(_overview())
-        return 0
     return _unknown_command(words[0])
 
 
@@ -12638,6 +12865,7 @@ _SILENT_OPTIONS = (
     _flag('--console', ''),
     _option('-v', '--verbose', action='store_true', help=''),
 )
+_LEADING_FLAGS = ('--nologo', '--noconsolelogging', '--noninteractive', '--console')
 _HOME_OPTION = _value('--home', 'Home directory, in the place of an instance')
 
 
@@ -12707,7 +12935,7 @@ def _show_help(command: Command, arguments: Any) -> int:
     if not command.is_original:
         return _run_ours(command, [command.name, '--help'])
     own = _own_options(command)
-    if getattr(arguments, 'format', None) == 'json':
+    if (getattr(arguments, 'format', None) or '').lower() == 'json':
         described = [
             [
                 {'Name': _long_name(names).lstrip('-'), 'Description': settings['help']}
@@ -12731,6 +12959,10 @@ def _run_original(command: Command, words: List[str]) -> int:
     """Parse and run one of the original's commands. Raises TentacleError."""
     import argparse
 
+    try:
+        '\n'.join(words).encode()
+    except UnicodeEncodeError:
+        raise UsageError('The command line is not UTF-8: %s' % printable(' '.join(words)))
     options = _all_options(command)
     if not any('--format' in names for names, _ in options) and '--help' in words:
         options.append(_FORMAT_OPTION)
@@ -12743,7 +12975,7 @@ def _run_original(command: Command, words: List[str]) -> int:
     for names, settings in options:
         parser.add_argument(*names, **settings)
     arguments = parser.parse_args(taken)
-    arguments.words = []
+    arguments.words, arguments.must_choose = [], True
     if command.name == 'help':
         arguments.words, unknown = unknown[:1], unknown[1:]
     if arguments.help:
@@ -12761,7 +12993,11 @@ def _run_original(command: Command, words: List[str]) -> int:
 
 
 @_original(
-    'help', 'List the commands, or show the options of one', _FORMAT_OPTION, has_instance=False
+    'help',
+    'List the commands, or show the options of one',
+    _FORMAT_OPTION,
+    aliases=('h', '?'),
+    has_instance=False,
 )
 def _help(arguments: Any) -> int:
     if arguments.words:
@@ -12798,6 +13034,19 @@ def _version(arguments: Any) -> int:
     return 0
 
 
+def _told(command: Command, words: List[str]) -> int:
+    """Run a command; what it can not do is told here, and in its log."""
+    try:
+        return (_run_original if command.is_original else _run_ours)(command, words)
+    except TentacleError as error:
+        _complain(str(error))
+        return 1 if command.is_original else error.exit_code
+    except PermissionError as error:
+        hint = '' if os.geteuid() == 0 else '. Is it for root (sudo)?'
+        _complain('%s%s' % (error, hint))
+        return 1
+
+
 @contextlib.contextmanager
 def _own_handlers() -> Iterator[None]:
     """What is added to our loggers within goes at its end."""
@@ -12809,7 +13058,8 @@ def _own_handlers() -> Iterator[None]:
         for target in loggers:
             for handler in set(target.handlers).difference(before):
                 target.removeHandler(handler)
-                handler.close()
+                with contextlib.suppress(OSError):  # a full disk was told of when it came
+                    handler.close()
 
 
 def main(argv: Optional[Sequence[str]] = None) -> int:
@@ -12840,16 +13090,14 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     words = list(sys.argv[1:] if argv is None else argv)
+    while len(words) > 1 and words[0].lower() in _LEADING_FLAGS:
+        words.append(words.pop(0))
     command = _command_of(words)
     if command is None:
         return _no_command(words)
     try:
         with _own_handlers():
-            run = _run_original if command.is_original else _run_ours
-            return run(command, words)
-    except TentacleError as error:
-        _complain(str(error))
-        return 1 if command.is_original else error.exit_code
+            return _told(command, words)
     except KeyboardInterrupt:
         return 130
     except BrokenPipeError:  # who read our output has left
