@@ -3380,7 +3380,7 @@ class ServiceRegistry:
         """
         facts = {'service': printable(request.service), 'method': printable(request.method)}
         ticket = getattr(request.params[0], 'ticket', None) if request.params else None
-        audit('call', ticket=ticket, **facts)
+        audit('call', ticket=ticket and printable(ticket.task_id), **facts)
         try:
             return Response(request.id, self._call(request))
         except (ConnectionLost, ProtocolError):
@@ -11735,7 +11735,8 @@ def _host_of_url(url: str, port: int) -> str:
     """
     match = re.match(r'https?://[^/?#@]+(?=[/?#]|\Z)', url, re.I)
     if not match:
-        raise UsageError('--server must be https://HOST, without a password in it')
+        shown = '' if '@' in url else ', and is ' + printable(url)
+        raise UsageError('--server must be https://HOST, without a password in it' + shown)
     return _server_address(match.group(), None, port)
 
 
