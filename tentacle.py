@@ -9,6 +9,8 @@ certificate.
     python3 tentacle.py listen --trust THUMBPRINT       on the host
     python3 tentacle.py poll https://server:10943/ --trust THUMBPRINT        or this
     python3 tentacle.py exec host -- uptime             from elsewhere
+    python3 tentacle.py setup                           with an Octopus Server; or the original's
+                                                        commands, `tentacle.py help` lists them
 
 or from Python (`help(tentacle.run)` has an example that runs):
 
@@ -32,11 +34,12 @@ shakes hands, reads requests and runs the services, or hands a polling tentacle 
 connections` waits for those polling tentacles that have none; `polling ADDRESS` (one a connection)
 is the service of a server it dials; `relay` and `relayed call` take the calls of other processes to
 a polling tentacle; `file` reads, hashes and writes a long file beside the thread that has the wire;
-`target` runs a script on one of several targets, and `jobs` (32 of them in `serve`) those that are
-kept; `script TICKET` waits for the end of a script's supervisor, `mutex TICKET` for the end of a
-wait for the isolation mutex; `cleaner` looks for old workspaces every two hours. But for that none
-of them wakes up when nothing happens. The processes of a script are listed at the top of section
-13.
+`target` runs a script on one of several targets, and `jobs` (in `serve`, 32, and one more for each
+call of a listening tentacle) those that are kept; `once` polls one server from cron; `script
+TICKET` waits for the end of a script's supervisor, `mutex TICKET` for the end of a wait for the
+isolation mutex; `cleaner` looks for old workspaces every two hours, `settings` every two seconds
+at the time of the settings file. But for these none of them wakes up when nothing happens. The
+processes of a script are listed at the top of section 13.
 
 Sections, in the order of the file; a definition uses only what stands above it:
 

@@ -6697,6 +6697,50 @@ def test_instances_whose_settings_share_a_folder_are_different_ones(machine):
     assert len(thumbprints) == 2
 
 
+def test_a_lost_certificate_is_no_new_identity(machine, settings):
+    os.unlink(our_pem(settings))
+    before = open_bytes(settings)
+    for command in ('show-thumbprint', 'agent'):
+        assert 'Restore it' in machine.refuses(command)
+    assert open_bytes(settings) == before
+    assert 'A new certificate was made' in machine.does('new-certificate')
+
+
+@pytest.mark.parametrize('name', ['../elsewhere.pem', '/etc/passwd', '..'])
+def test_the_certificate_stands_beside_the_settings(machine, settings, name):
+    values = settings_of(settings)
+    write_settings(settings, dict(values, **{'TentaclePy.CertificateFile': name}))
+    assert 'TentaclePy.CertificateFile' in machine.refuses('new-certificate')
+    assert not os.path.exists(os.path.join(os.path.dirname(settings), '..', 'elsewhere.pem'))
+
+
+def test_what_a_settings_file_can_not_hold(machine, settings):
+    before = open_bytes(settings)
+    assert 'can not hold' in machine.refuses('polling-proxy', '--proxyUsername', 'a\x01b')
+    assert open_bytes(settings) == before
+
+
+def test_the_only_instance_need_not_be_named(machine, keys):
+    one = machine.add('One', keys['agent'])
+    assert machine.does('show-thumbprint') == keys['agent'].thumbprint
+    machine.add('Two', keys['other'])
+    assert '--instance' in machine.refuses('show-thumbprint')
+    home = os.path.dirname(one)
+    assert machine.does('show-thumbprint', '--home', home) == keys['agent'].thumbprint
+    machine.does('delete-instance', '--config', one)
+    assert machine.does('show-thumbprint') == keys['other'].thumbprint
+
+
+def test_instances_are_found_by_every_user(machine):
+    machine.does('create-instance', '--config', os.path.join(machine.folder, 'a', 'a.config'))
+    record = os.path.join(machine.instances, 'tentacle.config')
+    assert stat.S_IMODE(os.stat(record).st_mode) == 0o644
+    config = os.path.join(machine.folder, 'b', 'b.config')
+    machine.does('create-instance', '--instance', 'My Inst', '--config', config)
+    words = ['create-instance', '--instance', 'my-inst', '--config', config]
+    assert 'has the same record' in machine.refuses(*words)
+
+
 # ---- 18. Configuration: certificates -------------------------------------------------------------
 
 needs_openssl = pytest.mark.skipif(not OPENSSL, reason='there is no openssl program here')
@@ -8308,6 +8352,73 @@ def test_secrets_do_not_stand_in_the_log(machine, settings, octopus, keys):
     assert API_KEY not in log and 'geheim' not in log
 
 
+def test_who_stands_between_at_the_polled_port_is_not_trusted(machine, settings, keys, tmp_path):
+    """The server's own word, over the web, counts; without it nothing is registered."""
+    before = open_bytes(settings)
+    with contextlib.closing(OctopusServer('A' * 40)) as octopus, polled(tmp_path, keys) as server:
+        words = registering(octopus, '--comms-style', 'TentacleActive')
+        words += ['--server-comms-port', str(server.port)]
+        assert 'somebody may stand between' in machine.refuses(*words)
+        octopus.thumbprint = None
+        assert machine.run(*words)[0] == 1
+        assert octopus.changes == []
+    assert open_bytes(settings) == before
+
+
+def test_a_pin_without_tls_is_refused(machine, settings, octopus):
+    words = registering(octopus, '--server-thumbprint', 'A' * 40)
+    assert 'https://' in machine.refuses(*words)
+    assert octopus.seen == []
+
+
+@pytest.mark.parametrize(
+    'status, body',
+    [
+        (200, b'[' * 100000),
+        (400, b'{"Errors": 5}'),
+        (400, b'[' * 100000),
+        (200, b'{"Links": {"Spaces": 1}, "Version": []}'),
+    ],
+)
+def test_odd_answers_of_a_server_are_told_in_a_line(machine, settings, status, body):
+    with socket.create_server(('127.0.0.1', 0)) as server:
+        url = 'http://127.0.0.1:%d' % server.getsockname()[1]
+
+        def answer():
+            with contextlib.suppress(OSError):
+                while True:
+                    sock, _ = server.accept()
+                    with sock:
+                        sock.settimeout(5)
+                        sock.recv(65536)
+                        head = 'HTTP/1.1 %d X\r\nContent-Length: %d\r\nConnection: close\r\n\r\n'
+                        sock.sendall((head % (status, len(body))).encode() + body)
+
+        thread = threading.Thread(target=answer)
+        thread.start()
+        words = '--apiKey %s --env Test --role r' % API_KEY
+        machine.refuses('register-with', '--server', url, *words.split())
+        server.shutdown(socket.SHUT_RDWR)
+        thread.join()
+
+
+@pytest.mark.parametrize(
+    'words, hidden',
+    [
+        (['-p', 's3cret'], 's3cret'),
+        (['/p=s3cret'], 's3cret'),
+        (['--app', '/token', '--pfx-password', 's3cret'], 's3cret'),
+        (['--proxyPassword:s3cret'], 's3cret'),
+        (['--apiKey', '--s3cret'], 's3cret'),
+        (['--server', 'https://bob:s3cret@host/'], 's3cret'),
+    ],
+)
+def test_secrets_on_a_command_line_are_not_shown(words, hidden):
+    shown = tentacle._shown_words(words)
+    assert hidden not in shown and '***' in shown
+    assert tentacle._shown_words(['--name', 'x', '--port=1']) == '--name x --port=1'
+
+
 def test_the_server_must_show_who_it_is(machine, settings, secure_octopus, keys):
     ours, before = secure_octopus, open_bytes(settings)
     line = machine.refuses(*registering(ours))
@@ -8746,6 +8857,28 @@ def test_a_service_that_is_not_installed(installed_machine, settings, option):
     assert b'Service started' not in out and b'has been restarted' not in out
 
 
+def test_a_service_without_a_named_instance(installed_machine, keys):
+    """Its unit names the settings; where there are none, there is no service."""
+    home = os.path.join(installed_machine.machine.folder, 'home of "mine" 5%')
+    code, out, err = installed_machine.run('service', '--install', '--home', home)
+    assert (code, out) == (1, b'') and b'create-instance' in err
+    assert installed_machine.run('configure', '--home', home, '--trust', A_THUMBPRINT)[0] == 0
+    assert installed_machine.run('service', '--install', '--home', home)[0] == 0
+    unit = installed_machine.unit('OctopusDeploy-Tentacle')
+    quoted = home.replace('"', '\\"').replace('%', '%%')
+    text = '"--config" "%s/tentacle-default.config"' % quoted
+    assert text in open_bytes(unit).decode()
+    check_unit(unit)
+
+
+def test_a_service_keeps_its_user(installed_machine, settings):
+    """That of the unit that is there, also the original's."""
+    with open(installed_machine.unit('Tentacle'), 'w') as file:
+        file.write('[Service]\nUser=nobody-at-all\nExecStart=/opt/octopus/tentacle/Tentacle run\n')
+    code, out, err = installed_machine.run('service', '--install')
+    assert (code, out) == (1, b'') and b'nobody-at-all: there is no such user' in err
+
+
 def test_reconfigure_writes_the_unit_anew(installed_machine, settings):
     installed_machine.shell('Tentacle service --install')
     unit = installed_machine.unit('Tentacle')
@@ -8949,6 +9082,22 @@ def test_keys_that_another_program_removes_while_an_agent_runs(machine, keys):
             shown = hashlib.sha1(peer.sock.getpeercert(True)).hexdigest().upper()
         assert shown == keys['agent'].thumbprint
         assert TRUSTED in settings_of(settings)
+
+
+def test_trust_that_ends_between_handshake_and_greeting(tmp_path, keys):
+    trusted = {keys['server'].thumbprint}
+    services = tentacle.AgentServices(str(tmp_path), limits=LIMITS)
+    agent = tentacle.ListeningTentacle(services, keys['agent'], lambda: frozenset(trusted), port=0)
+    agent.start()
+    try:
+        with contextlib.closing(dial(agent.port, keys['server'])) as sock:
+            trusted.clear()
+            with contextlib.suppress(OSError):
+                sock.sendall(b'MX\n\nMX-CLIENT 1.0\r\n\r\n')
+            assert received(sock) == b''
+    finally:
+        agent.stop()
+        services.stop()
 
 
 def test_changes_that_need_a_restart_are_said(machine, keys):
