@@ -8080,6 +8080,8 @@ def find_settings(home: Optional[str] = None) -> str:
     if len(known) == 1:
         return known[0].settings_path
     home = '/etc/octopus/default' if os.geteuid() == 0 else os.path.expanduser('~/.tentacle')
+    if home.startswith('~'):
+        raise TentacleError('This user has no home directory: say where, by --home DIR')
     return os.path.join(home, SETTINGS_NAME)
 
 
@@ -9135,6 +9137,7 @@ class _SettingsWatch:
             if now != pinned:
                 added, removed = ', '.join(sorted(now - pinned)), ', '.join(sorted(pinned - now))
                 logger.info('Trusted from now on: %s; no more: %s', added or '-', removed or '-')
+                audit('trust-changed', added=sorted(now - pinned), removed=sorted(pinned - now))
                 pinned = now
                 self._drop_untrusted()
             before, self._known = self._known, self._trusted.settings()
@@ -9189,6 +9192,7 @@ def _stay(
     for agent in pollers:
         agent.start()
     _notify('READY=1')
+    audit('agent-started', version=__version__, trusted=sorted(trusted()))
     number = signals.wait()
     while number == signal.SIGHUP and pollers:
         logger.info('SIGHUP: dialling now')
@@ -9197,6 +9201,7 @@ def _stay(
         number = signals.wait()
     logger.info('Stopping: %s', signal.Signals(number).name)
     _notify('STOPPING=1')
+    audit('agent-stopped')
     watch.stop()
     for agent in agents:
         agent.stop()
@@ -11311,7 +11316,11 @@ class _Service:
     def _hint(self) -> str:
         import shlex
 
-        return _CRON_HINT % ' '.join(map(shlex.quote, self._agent_words()))
+        words = self._agent_words()
+        name = 'TentacleMachineConfigurationHomeDirectory'
+        if os.environ.get(name):
+            words = ['%s=%s' % (name, os.environ[name])] + words
+        return _CRON_HINT % ' '.join(map(shlex.quote, words))
 
     def systemctl(self, *words: str) -> None:
         import subprocess
@@ -11497,7 +11506,8 @@ def _service(arguments: Any) -> int:
 # -- the REST side of an Octopus Server
 
 
-_REST_SECONDS = 60.0
+_REST_SECONDS = 60.0  # between two bytes
+_REST_SECONDS_IN_ALL = 300.0
 _REST_BYTES = 64 << 20  # of an answer: all machines of a large server
 
 
@@ -11597,7 +11607,7 @@ class OctopusServer:
                 request.add_header('Proxy-Authorization', 'Basic ' + token)
         try:
             with self._opener.open(request, timeout=_REST_SECONDS) as answer:
-                content = answer.read(_REST_BYTES + 1)
+                content = self._read(answer)
         except urllib.error.HTTPError as error:
             content = b''
             with error, contextlib.suppress(OSError, http.client.HTTPException):
@@ -11607,8 +11617,6 @@ class OctopusServer:
             raise
         except (OSError, ValueError, http.client.HTTPException) as error:
             raise self._not_reached(getattr(error, 'reason', error))
-        if len(content) > _REST_BYTES:
-            raise TentacleError('%s answers with more than %d bytes' % (url, _REST_BYTES))
         try:
             return json.loads(content.decode('utf-8-sig')) if content.strip() else None
         except (ValueError, RecursionError):
@@ -11616,6 +11624,21 @@ class OctopusServer:
                 '%s answers with no JSON: is that the address of an Octopus Server? %s'
                 % (url, printable(content[:100].decode(errors='replace')))
             )
+
+    def _read(self, answer: Any) -> bytes:
+        """All of an answer, of bounded size and in bounded time."""
+        deadline = time.monotonic() + _REST_SECONDS_IN_ALL
+        content = bytearray()
+        while True:
+            part = answer.read1(1 << 16)
+            content += part
+            if not part:
+                return bytes(content)
+            if len(content) > _REST_BYTES or time.monotonic() > deadline:
+                raise TentacleError(
+                    '%s answers with more than %d bytes, or for more than %g s'
+                    % (self.url, _REST_BYTES, _REST_SECONDS_IN_ALL)
+                )
 
     @staticmethod
     def _refused(method: str, url: str, error: Any, content: bytes) -> TentacleError:
@@ -12968,6 +12991,8 @@ def _run_original(command: Command, words: List[str]) -> int:
     except UnicodeEncodeError:
         raise UsageError('The command line is not UTF-8: %s' % printable(' '.join(words)))
     options = _all_options(command)
+    if words[1:] == ['-h'] and not any('-h' in names for names, _ in options):
+        words = [words[0], '--help']
     if not any('--format' in names for names, _ in options) and '--help' in words:
         options.append(_FORMAT_OPTION)
     taken, unknown = _original_form(options, words[1:])

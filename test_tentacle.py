@@ -1185,7 +1185,7 @@ def test_an_untrusted_client_gets_nothing_and_one_line_in_the_log(shared_agent, 
     assert line.count('\n') == 1
     assert re.search(
         r'WARNING 127\.0\.0\.1:\d+: refused, the thumbprint %s is not trusted\. To trust it: '
-        r'python3 \S+tentacle\.py configure --home \S+ --trust %s\n'
+        r'python3 \S+tentacle\.py configure --config \S+ --trust %s\n'
         % ((keys['stranger'].thumbprint,) * 2),
         line,
     ), line
