@@ -8359,8 +8359,14 @@ def test_who_stands_between_at_the_polled_port_is_not_trusted(machine, settings,
         words = registering(octopus, '--comms-style', 'TentacleActive')
         words += ['--server-comms-port', str(server.port)]
         assert 'somebody may stand between' in machine.refuses(*words)
-        octopus.thumbprint = None
-        assert machine.run(*words)[0] == 1
+        answer = octopus.answer
+
+        def fails(method, path, key, sent):
+            is_asked = path.endswith('certificate-global')
+            return (502, {}) if is_asked else answer(method, path, key, sent)
+
+        octopus.answer = fails
+        assert '502' in machine.refuses(*words)
         assert octopus.changes == []
     assert open_bytes(settings) == before
 
@@ -9085,12 +9091,18 @@ def test_keys_that_another_program_removes_while_an_agent_runs(machine, keys):
 
 
 def test_trust_that_ends_between_handshake_and_greeting(tmp_path, keys):
-    trusted = {keys['server'].thumbprint}
+    trusted, asked = {keys['server'].thumbprint}, []
+
+    def trusts():
+        asked.append(1)
+        return frozenset(trusted)
+
     services = tentacle.AgentServices(str(tmp_path), limits=LIMITS)
-    agent = tentacle.ListeningTentacle(services, keys['agent'], lambda: frozenset(trusted), port=0)
+    agent = tentacle.ListeningTentacle(services, keys['agent'], trusts, port=0)
     agent.start()
     try:
-        with contextlib.closing(dial(agent.port, keys['server'])) as sock:
+        with contextlib.closing(dial(agent.port, keys['server'], TLS_1_2)) as sock:
+            eventually(lambda: len(asked) >= 3)  # for its handshake, and after it
             trusted.clear()
             with contextlib.suppress(OSError):
                 sock.sendall(b'MX\n\nMX-CLIENT 1.0\r\n\r\n')
