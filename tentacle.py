@@ -11944,7 +11944,8 @@ class _Registration:
         )
         host = (arguments.publicHostName or socket.gethostname()).lower()
         self._host = '[%s]' % host if ':' in host else host
-        if not re.match(r'[\w.-]+\Z|\[[0-9a-f:.]+\]\Z', self._host):
+        is_host = re.match(r'[\w.-]+\Z|\[[0-9a-f:.]+\]\Z', self._host)
+        if not (is_host or self._is_active):
             raise UsageError('--publicHostName %s is no name of a host' % printable(host))
         subscription = arguments.server_subscription_id
         self._subscription = subscription and parse_subscription(subscription)
