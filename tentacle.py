@@ -1027,9 +1027,11 @@ def machine_keys() -> List[MachineKey]:
 
 
 def protect(text: str) -> str:
-    """A secret as it stands in a settings file; a host without a machine key gets one. Raises
-    TentacleError.
+    """A secret as it stands in a settings file, where none is ''; a host without a machine key gets
+    one. Raises TentacleError.
     """
+    if not text:
+        return ''
     keys = machine_keys()
     if not keys:
         keys = [MachineKey(secrets.token_bytes(32), secrets.token_bytes(16))]
@@ -7758,17 +7760,15 @@ class Settings(NamedTuple):
         return list(OrderedDict.fromkeys(chosen))
 
 
-def read_settings_file(path: str, must_exist: bool = False) -> Dict[str, str]:
-    """The keys and texts of a settings file; {} where there is none, or FileNotFoundError. Raises
-    TentacleError when it is damaged.
+def read_settings_file(path: str) -> Dict[str, str]:
+    """The keys and texts of a settings file; {} where there is none. Raises TentacleError when it
+    is damaged.
     """
     from xml.etree import ElementTree
 
     try:
         root = ElementTree.parse(path).getroot()
     except FileNotFoundError:
-        if must_exist:
-            raise
         return {}
     except OSError as error:
         raise TentacleError('The settings %s can not be read: %s' % (path, error.strerror))
@@ -7915,9 +7915,9 @@ def _connections_of_environment() -> int:
     return min(max(int(text), 1), 512) if re.match(r'[0-9]{1,9}\Z', text) else 0
 
 
-def read_settings(path: str, must_exist: bool = False) -> Settings:
-    """Raises TentacleError for what the file has and we can not take; as `read_settings_file`."""
-    values = {key: text.strip() for key, text in read_settings_file(path, must_exist).items()}
+def read_settings(path: str) -> Settings:
+    """Raises TentacleError for what the file has and we can not take."""
+    values = {key: text.strip() for key, text in read_settings_file(path).items()}
     folder, name = os.path.split(path)
 
     def number(key: str, default: int, least: int, most: int) -> int:
@@ -7985,8 +7985,11 @@ class Instance(NamedTuple):
     settings_path: str
 
 
+MACHINE_HOME_VARIABLE = 'TentacleMachineConfigurationHomeDirectory'
+
+
 def instances_folder() -> str:
-    machine_home = os.environ.get('TentacleMachineConfigurationHomeDirectory') or '/etc/octopus'
+    machine_home = os.environ.get(MACHINE_HOME_VARIABLE) or '/etc/octopus'
     return os.path.join(machine_home, 'Tentacle', 'Instances')
 
 
@@ -8016,6 +8019,11 @@ def instances() -> List[Instance]:
         names = []
     found = [_read_instance(os.path.join(folder, name)) for name in names if name[-7:] == '.config']
     return [instance for instance in found if instance is not None]
+
+
+def instances_of(settings_path: str) -> List[Instance]:
+    """Those that a settings file is of: one, as a rule."""
+    return [instance for instance in instances() if instance.settings_path == settings_path]
 
 
 def find_instance(name: str) -> Instance:
@@ -8228,11 +8236,13 @@ class Watched:
         with self._lock:
             seen = self._stamp()
             if seen is not None and seen != self._seen:  # when it is gone, what it said last holds
-                self._seen = seen
+                before, self._seen = self._seen, seen
                 try:
-                    self._content = self._read()
-                except FileNotFoundError:
-                    self._seen = None  # another one replaces it just now
+                    content = self._read()
+                    if self._stamp() == seen:
+                        self._content = content
+                    else:  # it was replaced, or taken away, meanwhile: the next look will tell
+                        self._seen = before
                 except TentacleError as error:
                     logger.error('Who is trusted stays as it was: %s', error)
                 except Exception:  # a bug
@@ -8247,15 +8257,8 @@ class TrustedThumbprints:
 
     def __init__(self, path: str, given: Iterable[str] = ()):
         self._given = frozenset(given)
-        is_first = True
-
-        def read() -> Settings:
-            nonlocal is_first
-            must_exist, is_first = not is_first, False
-            return read_settings(path, must_exist)
-
         #: the settings as they are now
-        self.settings: Callable[[], Settings] = Watched(path, read)
+        self.settings: Callable[[], Settings] = Watched(path, lambda: read_settings(path))
 
     def __call__(self) -> FrozenSet[str]:
         return self._given.union(self.settings().trusted)
@@ -8778,7 +8781,7 @@ def _settings_path(arguments: Any) -> str:
     if getattr(arguments, 'instance', None) is not None:
         return find_instance(arguments.instance).settings_path
     path = find_settings(arguments.home)
-    is_vague = getattr(arguments, 'must_choose', False) and not (
+    is_vague = hasattr(arguments, 'instance') and not (
         arguments.home or os.environ.get('TENTACLE_HOME') or os.path.exists(path)
     )
     if is_vague and len(instances()) > 1:
@@ -9005,7 +9008,7 @@ def _shown_words(words: Sequence[str]) -> str:
 def _instance_name(arguments: Any, settings: Settings) -> str:
     """The name of the instance whose settings these are; the default one's where it has none."""
     given = getattr(arguments, 'instance', None)
-    names = [entry.name for entry in instances() if entry.settings_path == settings.path]
+    names = [entry.name for entry in instances_of(settings.path)]
     if given in names or not names:
         return given or DEFAULT_INSTANCE
     return names[0]
@@ -9352,8 +9355,9 @@ def _configured_pollers(
 )
 def _poll(arguments: Any) -> int:
     given = [parse_thumbprint(text) for text in arguments.trust]
+    connections = None
     if arguments.connections is not None:
-        _number('--connections', arguments.connections, 1, 512)
+        connections = _number('--connections', arguments.connections, 1, 512)
     max_time = float('inf')
     if arguments.max_time is not None:
         max_time = _number('--max-time', arguments.max_time, 1, 10**9)
@@ -9368,7 +9372,7 @@ def _poll(arguments: Any) -> int:
     proxy_of = _proxy_chooser(arguments, settings.polling_proxy.proxy_of)
     if not (arguments.servers or settings.polled()):
         raise UsageError('which server? https://HOST:PORT/ expected, or one in the settings')
-    connections = int(arguments.connections or settings.polling_connections)
+    connections = connections or settings.polling_connections
     identity = our_identity(settings)
     trusted = TrustedThumbprints(settings.path, given)
     with sole_holder(settings.home, 'poll.lock') as is_sole:
@@ -9692,7 +9696,7 @@ def _chosen_targets(arguments: Any, settings: Settings) -> Dict[str, ServiceEndP
 
 
 def _pinned(
-    arguments: Any, settings: Settings, name: str, endpoint: ServiceEndPoint
+    arguments: Any, known: Targets, name: str, endpoint: ServiceEndPoint
 ) -> ServiceEndPoint:
     """A target as it shall be called. Raises UsageError, UntrustedThumbprint."""
     if arguments.trust is not None:
@@ -9701,15 +9705,16 @@ def _pinned(
         timeout = _number('--queue-timeout', arguments.queue_timeout, 1, 10**6)
         return endpoint._replace(queue_timeout=float(timeout))
     proxy_of = _proxy_chooser(arguments) if arguments.proxy is not None else None
-    return Targets(settings.home).to_call(name, endpoint, proxy_of, _program(arguments, 'trust'))
+    return known.to_call(name, endpoint, proxy_of, _program(arguments, 'trust'))
 
 
 def _pinned_target(arguments: Any, settings: Settings, target: str) -> ServiceEndPoint:
-    targets = Targets(settings.home).choose([target])
+    known = Targets(settings.home)
+    targets = known.choose([target])
     if len(targets) > 1:
         raise UsageError('%s means %d targets, and one is taken' % (target, len(targets)))
     ((name, endpoint),) = targets.items()
-    return _pinned(arguments, settings, name, endpoint)
+    return _pinned(arguments, known, name, endpoint)
 
 
 def _connected(settings: Settings) -> List[Dict[str, Any]]:
@@ -9795,10 +9800,11 @@ def _check_all(
 ) -> Dict[str, Dict[str, Any]]:
     """What each target says, or why it says nothing."""
     found: Dict[str, Dict[str, Any]] = {}
+    known = Targets(settings.home)
     with _clients(arguments, settings) as client_of:
 
         def run_on(name: str) -> int:
-            endpoint = _pinned(arguments, settings, name, targets[name])
+            endpoint = _pinned(arguments, known, name, targets[name])
             if endpoint.is_polling and arguments.listen_for_polling is None:
                 if endpoint.uri not in polling:
                     raise NotDelivered('it is not connected to our `serve`')
@@ -10069,10 +10075,11 @@ def _exec_on_many(
     max_fail = arguments.max_fail and _number('--max-fail', arguments.max_fail, 0, 10**6)
     parallel = _number('--parallel', arguments.parallel, 1, 1000)
     printer = _ManyPrinter(arguments, list(targets))
+    known = Targets(settings.home)
     with _clients(arguments, settings) as client_of:
 
         def run_on(name: str) -> int:
-            endpoint = _pinned(arguments, settings, name, targets[name])
+            endpoint = _pinned(arguments, known, name, targets[name])
             with client_of(endpoint) as client:
                 client.capabilities()
                 patience.answered(name)
@@ -10172,7 +10179,7 @@ def _exec(arguments: Any) -> int:
         raise UsageError('--expires and --retry-lost are for --detach')
     if len(targets) == 1 and not (arguments.json or arguments.quiet):
         ((name, endpoint),) = targets.items()
-        endpoint = _pinned(arguments, settings, name, endpoint)
+        endpoint = _pinned(arguments, Targets(settings.home), name, endpoint)
         return _exec_on_one(arguments, settings, name, endpoint, script, files)
     return _exec_on_many(arguments, settings, targets, script, files)
 
@@ -10486,6 +10493,7 @@ def _upload_to_many(
     open_file: Callable[[], BinaryIO],
     places: Dict[str, Tuple[str, str, ServiceEndPoint]],
 ) -> int:
+    known = Targets(settings.home)
     with open_file() as file:
         total = file.seek(0, os.SEEK_END)
     file_name = os.path.basename(arguments.file)
@@ -10503,7 +10511,7 @@ def _upload_to_many(
                 bar.progress(place, done)
 
         report = _TransferReport(arguments.json, name, path, total)
-        with client_of(_pinned(arguments, settings, name, endpoint)) as client:
+        with client_of(_pinned(arguments, known, name, endpoint)) as client:
             client.capabilities()
             patience.answered(place)
             fan_out.begins(place)
@@ -10566,7 +10574,7 @@ def _upload(arguments: Any) -> int:
         ((name, path, endpoint),) = places.values()
         signal.signal(signal.SIGTERM, signal.default_int_handler)  # ends as Ctrl-C does
         try:
-            with client_of(_pinned(arguments, settings, name, endpoint)) as client:
+            with client_of(_pinned(arguments, targets, name, endpoint)) as client:
                 _upload_to_one(arguments, client, open_file, name, path)
         except TentacleError as error:
             _complain('%s: %s' % (name, error))
@@ -10772,7 +10780,7 @@ def _create_instance(arguments: Any) -> int:
 def _delete_instance(arguments: Any) -> int:
     if arguments.config is not None:
         path = os.path.abspath(arguments.config)
-        named = [entry for entry in instances() if entry.settings_path == path]
+        named = instances_of(path)
         if not named:
             raise TentacleError('There is no instance with the settings %s' % path)
         instance = named[0]
@@ -11159,8 +11167,7 @@ def _change_proxy(arguments: Any, prefix: str) -> int:
         changed['ProxyUsername'] = arguments.proxyUsername
     settings = _logged_settings(arguments)
     if arguments.proxyPassword is not None:
-        password = arguments.proxyPassword
-        changed['ProxyPassword'] = protect(password) if password else ''
+        changed['ProxyPassword'] = protect(arguments.proxyPassword)
     change_settings(
         settings.path,
         lambda values: values.update({prefix + key: text for key, text in changed.items()}),
@@ -11285,14 +11292,12 @@ class _Service:
             raise TentacleError(
                 'There are no settings %s yet: create-instance makes them' % self._settings_path
             )
-        recorded = [
-            entry.name for entry in instances() if entry.settings_path == self._settings_path
-        ]
+        recorded = instances_of(self._settings_path)
         #: None: the settings are of no instance that has a name
         self._instance: Optional[str] = None
         self.name = 'OctopusDeploy-Tentacle'
         if arguments.config is None and recorded:
-            self._instance = arguments.instance or recorded[0]
+            self._instance = arguments.instance or recorded[0].name
             name = re.sub(r'\s+', '-', self._instance.replace('/', ''))
             self.name = re.sub(r'[^A-Za-z0-9:_.@-]', '_', name).lstrip('-') or self.name
         folder = UNIT_FOLDER
@@ -11317,7 +11322,7 @@ class _Service:
         import shlex
 
         words = self._agent_words()
-        name = 'TentacleMachineConfigurationHomeDirectory'
+        name = MACHINE_HOME_VARIABLE
         if os.environ.get(name):
             words = ['%s=%s' % (name, os.environ[name])] + words
         return _CRON_HINT % ' '.join(map(shlex.quote, words))
@@ -11350,7 +11355,7 @@ class _Service:
         return ''
 
     def _unit(self, user: str) -> str:
-        name = 'TentacleMachineConfigurationHomeDirectory'
+        name = MACHINE_HOME_VARIABLE
         lines = 'User=%s\n' % user if user else ''
         if os.environ.get(name):
             lines += 'Environment=%s\n' % _unit_word('%s=%s' % (name, os.environ[name]))
@@ -11509,6 +11514,17 @@ def _service(arguments: Any) -> int:
 _REST_SECONDS = 60.0  # between two bytes
 _REST_SECONDS_IN_ALL = 300.0
 _REST_BYTES = 64 << 20  # of an answer: all machines of a large server
+
+
+def _host_of_url(url: str, port: int) -> str:
+    """`https://host:port/` of the URL of a web site, whose path is of no interest. Raises
+    UsageError.
+    """
+    match = re.match(r'https?://[^/?#@]+(?=[/?#]|\Z)', url, re.I)
+    if not match:
+        shown = '' if '@' in url else ', and is ' + printable(url)
+        raise UsageError('--server must be https://HOST, without a password in it' + shown)
+    return _server_address(match.group(), None, port)
 
 
 class _ServerRefuses(TentacleError):
@@ -11673,10 +11689,8 @@ class OctopusServer:
 
     def seen_thumbprint(self) -> Optional[str]:
         """The thumbprint of the certificate that the server shows, whoever it is."""
-        uri = re.match(r'https?://[^/?#]+', self.url, re.I).group()  # type: ignore[union-attr]
-        uri = parse_target_uri(uri.replace('http://', 'https://'), 443)
         with contextlib.suppress(TentacleError):
-            stream = dial_tls(uri, None, proxy=self._proxy)
+            stream = dial_tls(_host_of_url(self.url, 443), None, proxy=self._proxy)
             stream.close()
             return stream.thumbprint
         return None
@@ -11755,21 +11769,19 @@ def _login(arguments: Any) -> Tuple[Dict[str, str], Optional[Dict[str, str]]]:
     return {'X-Octopus-ApiKey': key}, None
 
 
-def _host_of_url(url: str, port: int) -> str:
-    """`https://host:port/` of the URL of a web site, whose path is of no interest. Raises
-    UsageError.
+def _polled_address(arguments: Any) -> str:
+    """Where the server is polled, by --server-comms-address and --server-comms-port, else on the
+    host of --server. Raises UsageError.
     """
-    match = re.match(r'https?://[^/?#@]+(?=[/?#]|\Z)', url, re.I)
-    if not match:
-        shown = '' if '@' in url else ', and is ' + printable(url)
-        raise UsageError('--server must be https://HOST, without a password in it' + shown)
-    return _server_address(match.group(), None, port)
-
-
-def _comms_host(url: str) -> str:
-    """Where tentacles poll, of the URL of a web site. Raises UsageError."""
-    address = _host_of_url(url if '://' in url else 'https://' + url, 443)
-    return 'https://%s:%d/' % (address[len('https://') :].rpartition(':')[0], POLLING_PORT)
+    # A URL that is given for this purpose means its own port, --server that of the web.
+    given, default = arguments.server_comms_address, POLLING_PORT
+    if not given:
+        url = arguments.server
+        address = _host_of_url(url if '://' in url else 'https://' + url, 443)
+        given = address[len('https://') :].rpartition(':')[0]
+    elif '://' in given:
+        default = 443
+    return _server_address(given, arguments.server_comms_port, default)
 
 
 def _octopus_server(arguments: Any, proxy_of: Callable[[str], Optional[Proxy]]) -> OctopusServer:
@@ -11932,13 +11944,7 @@ class _Registration:
         if arguments.proxy and self._is_active:
             raise UsageError('--proxy is for TentaclePassive; for TentacleActive: polling-proxy')
         _login(arguments)
-        self._address = ''
-        if self._is_active:
-            # A URL that is given for this purpose means its own port; --server that of the web.
-            given = arguments.server_comms_address
-            default = 443 if given and '://' in given else POLLING_PORT
-            host = given or _comms_host(arguments.server)
-            self._address = _server_address(host, arguments.server_comms_port, default)
+        self._address = _polled_address(arguments) if self._is_active else ''
         self._port = arguments.tentacle_comms_port and _number(
             '--tentacle-comms-port', arguments.tentacle_comms_port, 1, 65535
         )
@@ -12181,10 +12187,7 @@ def _poll_server(arguments: Any) -> int:
             raise UsageError('Which Octopus Server? --server https://HOST expected')
     else:
         _login(arguments)
-    given = arguments.server_comms_address
-    default = 443 if given and '://' in given else POLLING_PORT
-    host = given or _comms_host(arguments.server)
-    address = _server_address(host, arguments.server_comms_port, default)
+    address = _polled_address(arguments)
     settings = _logged_settings(arguments)
     proxy_of = settings.polling_proxy.proxy_of
     if not arguments.reuse_server_thumbprint:
@@ -12472,9 +12475,7 @@ def _keep_proxy_password(answers: Any) -> None:
     password = parse_proxy(answers.proxy).password[:]
     change_settings(
         find_instance(answers.instance).settings_path,
-        lambda values: values.update(
-            {KEY_POLLING_PROXY + 'ProxyPassword': protect(password) if password else ''}
-        ),
+        lambda values: values.update({KEY_POLLING_PROXY + 'ProxyPassword': protect(password)}),
     )
 
 
@@ -12893,7 +12894,7 @@ _SILENT_OPTIONS = (
     _flag('--console', ''),
     _option('-v', '--verbose', action='store_true', help=''),
 )
-_LEADING_FLAGS = ('--nologo', '--noconsolelogging', '--noninteractive', '--console')
+_LEADING_FLAGS = [names[0] for names, _ in _SILENT_OPTIONS if names[0].startswith('--')]
 _HOME_OPTION = _value('--home', 'Home directory, in the place of an instance')
 
 
@@ -13005,7 +13006,7 @@ def _run_original(command: Command, words: List[str]) -> int:
     for names, settings in options:
         parser.add_argument(*names, **settings)
     arguments = parser.parse_args(taken)
-    arguments.words, arguments.must_choose = [], True
+    arguments.words = []
     if command.name == 'help':
         arguments.words, unknown = unknown[:1], unknown[1:]
     if arguments.help:

@@ -5412,14 +5412,14 @@ def test_a_job_waits_for_its_tentacle(tmp_path, keys):
 
 
 class FakeScripts:
-    """Stands in for a client: `answer` makes of (method, command) a status, or raises."""
+    """Stands in for a client: `answer` makes of (method, command) a status, or raises. An `old`
+    tentacle has the first script service alone.
+    """
 
-    def __init__(self, answer):
+    def __init__(self, answer, old=False):
         self.call_for = lambda cls, service, method, command: answer(method, command)
         self.call = lambda service, method, command: None
-
-    def capabilities(self):
-        return ['IScriptServiceV2']
+        self.capabilities = lambda: [] if old else ['IScriptServiceV2']
 
 
 def status_of(state, code=0, lines=(), following=0):
@@ -5652,8 +5652,7 @@ def test_a_job_of_the_older_service_is_begun_once(tmp_path):
             raise tentacle.ConnectionLost('cut')
         return DONE
 
-    client = FakeScripts(answer)
-    client.capabilities = lambda: []
+    client = FakeScripts(answer, old=True)
     store = tentacle.JobStore(str(tmp_path))
     (number,) = store.add_all([('host', HOST)], 'x')
     store.change(store.job(number), state='sent', service='V1')
@@ -5671,8 +5670,7 @@ def test_a_start_whose_answer_is_lost(tmp_path):
         asked.append(method)
         raise tentacle.ConnectionLost('cut')
 
-    client = FakeScripts(answer)
-    client.capabilities = lambda: []
+    client = FakeScripts(answer, old=True)
     with faked_jobs(tmp_path, {'host': client}) as (runner, store):
         job = over(store, runner.add('host', HOST, 'x'))
     assert (job.state, job.error) == ('lost', 'whether it was started is not known')
@@ -5789,8 +5787,7 @@ def test_jobs_are_on_the_disk(tmp_path):
         written.append(method)
         raise tentacle.ServiceError('no')
 
-    client = FakeScripts(start)
-    client.capabilities = lambda: []
+    client = FakeScripts(start, old=True)
     with faked_jobs(tmp_path, {'host': client}) as (runner, store):
         store._database.set_trace_callback(written.append)
         number = runner.add('host', HOST, 'x')
@@ -6054,6 +6051,25 @@ def test_a_missing_certificate_is_made_once(tmp_path):
     assert values['Tentacle.CertificateThumbprint'] in made
     assert values['TentaclePy.CertificateFile'] == 'tentacle.pem'
     assert values['Octopus.Home'] == str(tmp_path / 'home')
+
+
+def test_what_is_read_while_a_file_is_replaced_is_not_taken(tmp_path):
+    path, is_leaving = tmp_path / 'file', []
+
+    def read():
+        if is_leaving:
+            path.unlink()  # by another program, between our look and our reading
+        return path.read_text() if path.exists() else 'nothing'
+
+    path.write_text('one')
+    watched = tentacle.Watched(str(path), read)
+    path.write_text('another')
+    is_leaving.append(True)
+    assert watched() == 'one' and not path.exists()
+    is_leaving.clear()
+    assert watched() == 'one'
+    path.write_text('the third')
+    assert watched() == 'the third'
 
 
 TARGETS = '''# by hand
