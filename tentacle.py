@@ -65,46 +65,52 @@ import os
 import signal
 import sys
 
+#: What runs. Helpers and resident processes go on from it: whatever is on the disk by then, all
+#: are of one version, nothing is compiled twice, and no bytecode file is read or written.
+_CODE = sys._getframe().f_code
 #: Verbs that stay for long. CPython keeps the syntax tree of a script for as long as it runs, for
-#: this file some 10 MB; run as a module, from cached bytecode, it needs none, and no site-packages
-#: either.
+#: this file some 20 MB; a process that begins with the code needs none, and no site-packages.
 _RESIDENT_VERBS = ('listen', 'poll', 'serve', 'agent', 'run')
-_RUN_AS_MODULE = """import sys
-from importlib.machinery import SourceFileLoader
-sys.argv[:] = sys.argv[1:]
+_RUN_CODE = """import marshal, os, sys
+del sys.argv[0]
+_code = int(sys.argv.pop(0))
 __file__ = sys.argv[0]
-_as_module = True
-exec(SourceFileLoader(__name__, __file__).get_code(__name__))"""
+_code = marshal.loads(os.pread(_code, os.fstat(_code).st_size, 0)), os.close(_code)
+exec(_code[0])"""
 
 
-def module_command(*arguments: str) -> list:
-    """The command line that runs this file as a module."""
-    options = ['-I', '-S'] + ['-B'] * sys.dont_write_bytecode
-    program = os.path.abspath(__file__)
-    return [sys.executable] + options + ['-c', _RUN_AS_MODULE, program] + list(arguments)
+def code_descriptor() -> int:
+    """A new descriptor of a file without a name that holds the code; not inherited."""
+    import marshal
+
+    if hasattr(os, 'memfd_create'):
+        descriptor = os.memfd_create('tentacle.py')
+    else:
+        import tempfile
+
+        with tempfile.TemporaryFile() as file:
+            descriptor = os.dup(file.fileno())
+    with open(descriptor, 'wb', closefd=False) as file:
+        marshal.dump(_CODE, file)
+    return descriptor
 
 
-def _write_bytecode() -> None:
-    """So that the process that stays need not compile, whose memory it would keep."""
-    from importlib.machinery import SourceFileLoader
-    from importlib.util import cache_from_source
-
-    try:
-        is_there = os.stat(cache_from_source(__file__)).st_mtime >= os.stat(__file__).st_mtime
-    except OSError:
-        is_there = False
-    if not is_there and not sys.dont_write_bytecode:
-        SourceFileLoader(__name__, __file__).get_code(__name__)
+def code_command(descriptor: int, *arguments: str) -> list:
+    """The command line of another process of this code, that inherits the descriptor."""
+    words = [sys.executable or '/proc/self/exe', '-I', '-S', '-c', _RUN_CODE, str(descriptor)]
+    return words + [os.path.abspath(__file__)] + list(arguments)
 
 
 if __name__ == '__main__':
     if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # no traceback of an import: until `main`
 
-if __name__ == '__main__' and '_as_module' not in globals() and __spec__ is None:
+if __name__ == '__main__' and '_code' not in globals() and __spec__ is None:
     if sys.argv[1:2] and sys.argv[1] in _RESIDENT_VERBS:
-        _write_bytecode()
-        os.execv(sys.executable, module_command(*sys.argv[1:]))
+        _descriptor = code_descriptor()
+        os.set_inheritable(_descriptor, True)
+        _command = code_command(_descriptor, *sys.argv[1:])
+        os.execv(_command[0], _command)
 
 import base64
 import codecs
@@ -130,7 +136,7 @@ import threading
 import time
 import uuid
 import zlib
-from array import array
+import _thread
 from collections import OrderedDict
 from typing import (
     Any,
@@ -268,7 +274,9 @@ class Limits(NamedTuple):
     idle: float = 600.0  # a listener's wait for NEXT: a client pools a connection for 9 minutes
     pooled: float = 540.0  # what our own dispatcher pools it for
     start_wait: float = 240.0  # longest wait inside StartScript: below the caller's `response`
+    launch: float = 10.0  # for a launcher's answer: one that hangs is killed, and replaced
     cancel_grace: float = 2.0  # from SIGTERM to SIGKILL
+    predecessor: float = 10.0  # an agent's wait for the end of the one before it
     stop: float = 5.0  # a stopping listener's wait for its connections' threads
     cancelled_script: float = 15.0  # a wait for the end of a script that was cancelled
     reconnect_pause: float = 1.0  # before a dispatcher asks again for a script's status,
@@ -279,8 +287,8 @@ class Limits(NamedTuple):
     control_line: int = 1000  # characters of a control line: the longest has a subscription's URI
     request_bytes: int = 32 << 20  # of an inflated request: script bodies reach some MiB
     request_elements: int = 200000  # of its BSON: a few dozen, plus variables and files
-    response_bytes: int = 128 << 20  # the original sends all new lines of a log in one answer,
-    response_elements: int = 4000000  # four elements a line: this takes a million lines
+    response_bytes: int = 128 << 20  # the original sends all new lines of a log in one answer
+    response_elements: int = 200000  # but for a log, whose lines are read one by one
     nesting: int = 32  # documents within documents: the contracts need 6
     data_streams: int = 1000  # of one message: each is a file of a script
     spare_disk: int = 64 << 20  # bytes that a data stream must leave free on the disk
@@ -291,9 +299,12 @@ class Limits(NamedTuple):
     polling_connections: int = 5000  # the same of a server that tentacles poll
     strangers: int = 512  # connections that have not shaken hands; beyond it the oldest goes
     thread_stack: int = 512 << 10  # bytes of address space for a connection's thread
-    log_line: int = 32 << 10  # characters of one log entry: a line without end is cut
-    log_answer_lines: int = 10000  # of one status answer; the client asks again for the rest
-    log_answer_bytes: int = 4 << 20  # the same in bytes of the log
+    log_line: int = 10 << 20  # bytes of a line of output, as the original; a longer one is cut
+    log_bytes: int = 1 << 30  # of a script's log: past it the script goes on, its lines are counted
+    log_answer_lines: int = 1000000  # of one status answer, which our own client takes whole; a
+    log_answer_bytes: int = 64 << 20  # client that must ask again sleeps longer each time
+    remembered: float = 86400.0  # seconds for which a completed ticket is not run again
+    remembered_tickets: int = 100000  # at most: an inode each
     # -- what we write
     log_file: int = 10 << 20  # bytes of OctopusTentacle.txt and audit.jsonl; then a new one begins,
     old_logs: int = 7  # and so many old ones are kept
@@ -377,11 +388,36 @@ def audit(event: str, **facts: Any) -> None:
         audit_logger.info(json.dumps(entry))
 
 
+def user_name() -> str:
+    """Of this process's user; its number where it has no name."""
+    import pwd
+
+    try:
+        return pwd.getpwuid(os.geteuid()).pw_name
+    except KeyError:
+        return str(os.geteuid())
+
+
 def start_thread(name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
     """Start a daemon thread: a thread of ours never keeps the process from ending."""
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
     thread.start()
     return thread
+
+
+def start_connection_thread(name: str, target: Callable[..., None], *args: Any) -> None:
+    """Start a thread that nobody joins. Raises RuntimeError, MemoryError at once where there is none
+    to be had; `Thread.start` would wait for ever for one that died at its birth.
+    """
+
+    def run() -> None:
+        try:
+            threading.current_thread().name = name
+            target(*args)
+        finally:  # `threading` would list it until another thread has its number (before 3.12)
+            getattr(threading, '_active', {}).pop(_thread.get_ident(), None)
+
+    _thread.start_new_thread(run, ())
 
 
 # ---- 4. Certificates and thumbprints -------------------------------------------------------------
@@ -1795,16 +1831,20 @@ class Int64(int):
     __slots__ = ()
 
 
-class EncodedArray(bytes):
-    """An array that is BSON already: its document's bytes."""
-
-    __slots__ = ()
-
-
 class UtcDate(int):
     """Milliseconds since 1970 in UTC."""
 
     __slots__ = ()
+
+
+class EncodedArray:
+    """An array that stays BSON, however long it is: its elements are the bytes that `pieces()`
+    gives, `size` of them.
+    """
+
+    def __init__(self, size: int, pieces: Callable[[], Iterable[bytes]]):
+        self.size = size
+        self.pieces = pieces
 
 
 _INT32 = struct.Struct('<i')
@@ -1812,124 +1852,223 @@ _INT64 = struct.Struct('<q')
 _DOUBLE = struct.Struct('<d')
 _BINARY_HEAD = struct.Struct('<iB')
 _UUID_SUBTYPES = (3, 4)
+_LONGEST_NAME = 1 << 16  # bytes: the contracts' are short, those of variables are a person's
+
+
+def _encode_scalar(value: Any) -> Tuple[bytes, bytes]:
+    """(type, content) of a value that is neither a document nor an array."""
+    if value is None:
+        return b'\x0a', b''
+    if isinstance(value, str):
+        text = value.encode('utf-8', 'replace')
+        return b'\x02', _INT32.pack(len(text) + 1) + text + b'\0'
+    if isinstance(value, bool):
+        return b'\x08', b'\1' if value else b'\0'
+    if isinstance(value, UtcDate):
+        return b'\x09', _INT64.pack(value)
+    if isinstance(value, Int64):
+        return b'\x12', _INT64.pack(value)
+    if isinstance(value, int):
+        return b'\x10', _INT32.pack(value)
+    if isinstance(value, uuid.UUID):
+        return b'\x05', _BINARY_HEAD.pack(16, 4) + value.bytes_le
+    if isinstance(value, bytes):
+        return b'\x05', _BINARY_HEAD.pack(len(value), 0) + value
+    if isinstance(value, float):
+        return b'\x01', _DOUBLE.pack(value)
+    raise TypeError('BSON has no place for a %s' % type(value).__name__)
+
+
+def _encode(document: Dict[str, Any], parts: List[Any]) -> int:
+    """Append the bytes and the EncodedArrays of a document; its size."""
+    head, size = len(parts), 5
+    parts.append(b'')
+    for key, value in document.items():
+        name, kind = key.encode() + b'\0', b'\x03'
+        if isinstance(value, list):
+            value, kind = {str(i): item for i, item in enumerate(value)}, b'\x04'
+        if isinstance(value, dict):
+            parts.append(kind + name)
+            size += 1 + len(name) + _encode(value, parts)
+        elif isinstance(value, EncodedArray):
+            parts += [b'\x04' + name + _INT32.pack(value.size + 5), value, b'\0']
+            size += 1 + len(name) + 5 + value.size
+        else:
+            kind, content = _encode_scalar(value)
+            parts.append(kind + name + content)
+            size += 1 + len(name) + len(content)
+    parts[head] = _INT32.pack(size)
+    parts.append(b'\0')
+    return size
+
+
+def bson_pieces(document: Dict[str, Any]) -> Iterator[bytes]:
+    """A document as bytes. Values: None, bool, int (32 bits), Int64, float, str, bytes, UUID,
+    UtcDate, dict, list, EncodedArray.
+    """
+    parts: List[Any] = []
+    _encode(document, parts)
+    for part in parts:
+        if isinstance(part, EncodedArray):
+            yield from part.pieces()
+        else:
+            yield part
 
 
 def encode_bson(document: Dict[str, Any]) -> bytes:
-    """A document as bytes. Values: None, bool, int (32 bits), Int64, float, str, bytes, UUID,
-    UtcDate, dict, list.
-    """
-    out: List[bytes] = []
-    for key, value in document.items():
-        name = key.encode() + b'\0'
-        if value is None:
-            out.append(b'\x0a' + name)
-        elif isinstance(value, str):
-            text = value.encode('utf-8', 'replace')
-            out.append(b'\x02' + name + _INT32.pack(len(text) + 1) + text + b'\0')
-        elif isinstance(value, bool):
-            out.append(b'\x08' + name + (b'\1' if value else b'\0'))
-        elif isinstance(value, UtcDate):
-            out.append(b'\x09' + name + _INT64.pack(value))
-        elif isinstance(value, Int64):
-            out.append(b'\x12' + name + _INT64.pack(value))
-        elif isinstance(value, int):
-            out.append(b'\x10' + name + _INT32.pack(value))
-        elif isinstance(value, dict):
-            out.append(b'\x03' + name + encode_bson(value))
-        elif isinstance(value, list):
-            out.append(b'\x04' + name + encode_bson({str(i): item for i, item in enumerate(value)}))
-        elif isinstance(value, EncodedArray):
-            out.append(b'\x04' + name + value)
-        elif isinstance(value, uuid.UUID):
-            out.append(b'\x05' + name + _BINARY_HEAD.pack(16, 4) + value.bytes_le)
-        elif isinstance(value, bytes):
-            out.append(b'\x05' + name + _BINARY_HEAD.pack(len(value), 0) + value)
-        elif isinstance(value, float):
-            out.append(b'\x01' + name + _DOUBLE.pack(value))
-        else:
-            raise TypeError('BSON has no place for a %s' % type(value).__name__)
-    body = b''.join(out)
-    return _INT32.pack(len(body) + 5) + body + b'\0'
+    """What `bson_pieces` gives, in one."""
+    return b''.join(bson_pieces(document))
 
 
-class _BsonReader:
-    """Reads one document, within a budget of elements and of nesting.
-
-    Values are read where they stand, and only that they end within their document is checked: what
-    lies beyond the data is an error of `struct` or of the index.
+class ByteSource:
+    """Bytes that are taken in order; `more` gives the next of them, b'' at their end. Raises
+    ProtocolError where they end too soon.
     """
 
-    def __init__(self, data: bytes, elements: int, nesting: int, encoded: Container[str]):
+    def __init__(self, data: bytes = b'', more: Callable[[], bytes] = lambda: b''):
         self._data = data
+        self._at = 0
+        self._more = more
+
+    def _have(self, count: int) -> None:
+        parts = [self._data[self._at :]]
+        size = len(parts[0])
+        while size < count:
+            part = self._more()
+            if not part:
+                raise ProtocolError('BSON: it ends in the middle')
+            parts.append(part)
+            size += len(part)
+        self._data, self._at = b''.join(parts), 0
+
+    def take(self, count: int) -> bytes:
+        if self._at + count > len(self._data):
+            self._have(count)
+        self._at += count
+        return self._data[self._at - count : self._at]
+
+    def some(self, most: int) -> bytes:
+        """At least a byte, where there is one; what is there already, but no more than `most`."""
+        if self._at == len(self._data):
+            self._have(1)
+        return self.take(min(most, len(self._data) - self._at))
+
+    def name(self) -> bytes:
+        """What stands ahead of the next NUL, which is taken with it."""
+        while True:
+            end = self._data.find(b'\0', self._at)
+            if end >= 0:
+                return self.take(end + 1 - self._at)[:-1]
+            if len(self._data) - self._at > _LONGEST_NAME:
+                raise ProtocolError('BSON: a name is longer than %d bytes' % _LONGEST_NAME)
+            self._have(len(self._data) - self._at + 1)
+
+    def is_at_end(self) -> bool:
+        return self._at == len(self._data) and not self._more()
+
+
+#: type -> (size, what makes the value of that many bytes)
+_FIXED_SIZES: Dict[int, Tuple[int, Callable[[bytes], Any]]] = {
+    1: (8, lambda data: _DOUBLE.unpack(data)[0]),
+    8: (1, lambda data: data != b'\0'),
+    9: (8, lambda data: UtcDate(_INT64.unpack(data)[0])),
+    10: (0, lambda data: None),
+    16: (4, lambda data: _INT32.unpack(data)[0]),
+    18: (8, lambda data: _INT64.unpack(data)[0]),
+}
+
+
+class BsonReader:
+    """Reads documents from a source, within a budget of elements and of nesting; arrays under the
+    names in `encoded` stay EncodedArray, of which nothing but the size is checked.
+    """
+
+    _IN_MEMORY = 1 << 16  # bytes of an encoded array; a longer one lies in a temporary file
+
+    def __init__(self, source: ByteSource, elements: int, nesting: int, encoded: Container[str]):
+        self._source = source
         self._elements = elements
         self._nesting = nesting
         self._encoded = encoded
 
-    def document(self, at: int, limit: int, depth: int, array: bool) -> Tuple[Any, int]:
-        """(dict or list, position after it) of the document at a position, ended by `limit`."""
+    def document(self, limit: int, depth: int = 1, array: bool = False) -> Tuple[Any, int]:
+        """(dict or list, size) of the next document, of at most `limit` bytes."""
         if depth > self._nesting:
             raise ProtocolError('BSON: more than %d documents within each other' % self._nesting)
-        data = self._data
-        size = _INT32.unpack_from(data, at)[0]
-        if size < 5 or at + size > limit:
-            raise ProtocolError(
-                'BSON: a document says that it has %d bytes, and there are %d' % (size, limit - at)
-            )
-        end = at + size - 1
-        at += 4
+        source, size = self._source, self._size(limit, 5)
+        left = size - 5
         keys: List[str] = []
         values: List[Any] = []
-        value: Any
-        while at < end:
-            kind = data[at]
-            start = data.index(0, at + 1, end) + 1
+        while left > 0:
+            kind, name = source.take(1)[0], source.name()
+            left -= 2 + len(name)
             if not array:
-                keys.append(data[at + 1 : start - 1].decode())
-            if kind == 2:
-                at = start + 4 + _INT32.unpack_from(data, start)[0]
-                if not start + 4 < at <= end or data[at - 1]:
-                    raise ProtocolError('BSON: a string does not end where it says')
-                value = data[start + 4 : at - 1].decode()
-            elif kind == 16:
-                value, at = _INT32.unpack_from(data, start)[0], start + 4
-            elif kind == 4 and not array and keys[-1] in self._encoded:
-                at = start + _INT32.unpack_from(data, start)[0]
-                if not start + 5 <= at <= end or data[at - 1]:
-                    raise ProtocolError('BSON: an array does not end where it says')
-                value = EncodedArray(data[start:at])
+                keys.append(name.decode())
+            if kind == 4 and not array and keys[-1] in self._encoded:
+                value, taken = self._encoded_array(left)
             elif kind == 3 or kind == 4:
-                value, at = self.document(start, end, depth + 1, kind == 4)
-            elif kind == 9:
-                value, at = UtcDate(_INT64.unpack_from(data, start)[0]), start + 8
-            elif kind == 18:
-                value, at = _INT64.unpack_from(data, start)[0], start + 8
-            elif kind == 10:
-                value, at = None, start
-            elif kind == 8:
-                value, at = data[start] != 0, start + 1
-            elif kind == 5:
-                value, at = self._binary(start, end)
-            elif kind == 1:
-                value, at = _DOUBLE.unpack_from(data, start)[0], start + 8
+                value, taken = self.document(left, depth + 1, kind == 4)
             else:
-                raise ProtocolError('BSON: the type %d is none that Halibut uses' % kind)
+                value, taken = self._scalar(kind, left)
+            left -= taken
             values.append(value)
-        if at != end or data[end] != 0:
+        if left or source.take(1) != b'\0':
             raise ProtocolError('BSON: a document does not end where it says')
         self._elements -= len(values)
         if self._elements < 0:
             raise ProtocolError('BSON: more elements than a message may have')
-        return (values if array else dict(zip(keys, values))), end + 1
+        return (values if array else dict(zip(keys, values))), size
 
-    def _binary(self, start: int, end: int) -> Tuple[Any, int]:
-        size, subtype = _BINARY_HEAD.unpack_from(self._data, start)
-        after = start + 5 + size
-        if size < 0 or after > end:
-            raise ProtocolError('BSON: a binary value does not end where it says')
-        content = self._data[start + 5 : after]
-        if subtype in _UUID_SUBTYPES and size == 16:
-            return uuid.UUID(bytes_le=content), after
-        return content, after
+    def _size(self, limit: int, least: int) -> int:
+        """A size that is said, which counts itself among documents and arrays alone."""
+        (size,) = _INT32.unpack(self._source.take(4))
+        if not least <= size <= limit:
+            raise ProtocolError(
+                'BSON: something says that it has %d bytes; %d to %d were expected'
+                % (size, least, limit)
+            )
+        return size
+
+    def _scalar(self, kind: int, left: int) -> Tuple[Any, int]:
+        take = self._source.take
+        if kind == 2:
+            size = self._size(left - 4, 1)
+            text = take(size)
+            if text[-1]:
+                raise ProtocolError('BSON: a string does not end where it says')
+            return text[:-1].decode(), size + 4
+        if kind == 5:
+            size = self._size(left - 5, 0)
+            subtype, content = take(1)[0], take(size)
+            if subtype in _UUID_SUBTYPES and size == 16:
+                return uuid.UUID(bytes_le=content), 21
+            return content, size + 5
+        if kind not in _FIXED_SIZES:
+            raise ProtocolError('BSON: the type %d is none that Halibut uses' % kind)
+        size, make = _FIXED_SIZES[kind]
+        return make(take(size)), size
+
+    def _encoded_array(self, left: int) -> Tuple[EncodedArray, int]:
+        size = self._size(left, 5) - 5
+        if size <= self._IN_MEMORY:
+            content = self._source.take(size)
+            array = EncodedArray(size, lambda: [content])
+        else:
+            import tempfile
+
+            file = tempfile.TemporaryFile(buffering=0)
+            kept = 0
+            while kept < size:
+                kept += file.write(self._source.some(size - kept))
+            array = EncodedArray(size, lambda: _pieces_of(file))
+        if self._source.take(1) != b'\0':
+            raise ProtocolError('BSON: an array does not end where it says')
+        return array, size + 5
+
+
+def _pieces_of(file: Any) -> Iterator[bytes]:
+    file.seek(0)
+    return iter(lambda: file.read(1 << 18), b'')
 
 
 def decode_bson(
@@ -1939,18 +2078,48 @@ def decode_bson(
     encoded: Container[str] = (),
 ) -> Dict[str, Any]:
     """The one document that the bytes are: dict, list, str, int, float, bool, None, UtcDate, UUID,
-    bytes. Arrays under the names in `encoded` stay EncodedArray; nothing but their size is checked.
-
-    Raises ProtocolError for anything else, and over the budget of elements or nesting.
+    bytes, EncodedArray. Raises ProtocolError for anything else, and over the budget.
     """
+    return read_bson(ByteSource(data), len(data), elements, nesting, encoded)
+
+
+def read_bson(
+    source: ByteSource, limit: int, elements: int, nesting: int, encoded: Container[str]
+) -> Dict[str, Any]:
+    """The one document that a source gives, up to the source's end."""
     try:
-        reader = _BsonReader(data, elements, nesting, encoded)
-        document, end = reader.document(0, len(data), 1, False)
-    except (struct.error, IndexError, UnicodeDecodeError, ValueError) as error:
+        document, _ = BsonReader(source, elements, nesting, encoded).document(limit)
+    except (struct.error, UnicodeDecodeError) as error:
         raise ProtocolError('BSON: %s' % error)
-    if end != len(data):
-        raise ProtocolError('BSON: %d bytes after the end of the document' % (len(data) - end))
+    if not source.is_at_end():
+        raise ProtocolError('BSON: there are bytes after the end of the document')
     return document
+
+
+def documents_in(pieces: Iterable[bytes], keyed: bool = False) -> Iterator[List[bytes]]:
+    """The documents that stand one after the other in pieces of bytes, a list for each piece;
+    `keyed`: as the elements of an array do, each behind its type and key. A document that is not
+    whole at the end is left out. Raises ProtocolError.
+    """
+    rest = b''
+    for piece in pieces:
+        data, at = rest + piece, 0
+        found: List[bytes] = []
+        while True:
+            start = data.find(b'\0', at, at + 20) + 1 if keyed else at
+            if (keyed and not start) or start + 4 > len(data):
+                if keyed and not start and len(data) >= at + 20:
+                    raise ProtocolError('BSON: an element of an array has no key')
+                break
+            (size,) = _INT32.unpack_from(data, start)
+            if not 5 <= size <= LIMITS.response_bytes or (keyed and data[at] != 3):
+                raise ProtocolError('BSON: a document was expected')
+            if start + size > len(data):
+                break
+            found.append(data[start : start + size])
+            at = start + size
+        rest = data[at:]
+        yield found
 
 
 # ---- 8. Messages ---------------------------------------------------------------------------------
@@ -2293,89 +2462,87 @@ class LogEntry(NamedTuple):
     text: str
 
 
+class ProcessOutput(Contract):
+    members = {
+        'source': ('Source', Choice('StdOut', 'StdErr', 'Debug')),
+        'occurred': ('Occurred', Instant()),
+        'text': ('Text', Text()),
+    }
+
+
 _ENTRY_HEAD = struct.Struct('<i8siB9sq6si')
-_ENTRY_HEAD_SIZE = _ENTRY_HEAD.size
+#: An entry as every peer writes it.
+_ENTRY = re.compile(
+    rb'.{4}\x10Source\0([\0-\2])\0\0\0\x09Occurred\0(.{8})\x02Text\0(.{4})(.*)\0\0', re.S
+)
 
 
-class LogEntries(Kind):
-    """A list of LogEntry. By far the most of what is sent, so it is written and read by itself."""
+def encode_entry(source: int, occurred: int, data: bytes) -> bytes:
+    """A log entry, whose text is UTF-8, as the BSON document that it is on the wire and in a
+    script's log.
+    """
+    head = _ENTRY_HEAD.pack(
+        _ENTRY_HEAD.size + len(data) + 2,
+        b'\x10Source\0',
+        source,
+        9,
+        b'Occurred\0',
+        occurred,
+        b'\x02Text\0',
+        len(data) + 1,
+    )
+    return head + data + b'\0\0'
 
-    _source = Choice('StdOut', 'StdErr', 'Debug')
-    _occurred = Instant()
+
+def decode_entry(document: bytes) -> LogEntry:
+    """Raises ProtocolError."""
+    match = _ENTRY.match(document)
+    if match:
+        source, occurred, length, text = match.groups()
+        if match.end() == len(document) and _INT32.unpack(length)[0] == len(text) + 1:
+            return LogEntry(source[0], _INT64.unpack(occurred)[0], text.decode('utf-8', 'replace'))
+    output = ProcessOutput.from_document(decode_bson(document), [])
+    return LogEntry(output.source, output.occurred, output.text or '')
+
+
+def array_of_entries(documents: Iterable[bytes], first: int = 0) -> bytes:
+    """Log entries as elements of an array, the first of which has that index."""
+    return b''.join([b'\x03%d\0%b' % pair for pair in enumerate(documents, first)])
+
+
+class LogEntries:
+    """The lines of a status answer, decoded one by one: an iterable of LogEntry. Iterating raises
+    ProtocolError.
+    """
+
+    def __init__(self, array: EncodedArray):
+        self.array = array
+
+    def __iter__(self) -> Iterator[LogEntry]:
+        for documents in documents_in(self.array.pieces(), keyed=True):
+            yield from map(decode_entry, documents)
+
+
+class Log(Kind):
+    """The lines of a script: LogEntries as they come, and any list of LogEntry as they are sent."""
 
     @property
     def default(self) -> List[Any]:  # type: ignore[override]
         return []
 
-    def write(self, value: List[LogEntry], streams: List[DataStream]) -> EncodedArray:
-        parts = [b'']
-        pack = _ENTRY_HEAD.pack
-        for i, (source, occurred, text) in enumerate(value):
-            data = text.encode('utf-8', 'replace')
-            size = len(data)
-            head = pack(
-                _ENTRY_HEAD_SIZE + size + 2,
-                b'\x10Source\0',
-                source,
-                9,
-                b'Occurred\0',
-                occurred,
-                b'\x02Text\0',
-                size + 1,
-            )
-            parts.append(b'\x03%d\0%b%b\0\0' % (i, head, data))
-        parts.append(b'\0')
-        parts[0] = _INT32.pack(4 + sum(map(len, parts)))
-        return EncodedArray(b''.join(parts))
-
-    def read(self, value: Any, streams: List[DataStream]) -> List[LogEntry]:
-        if isinstance(value, EncodedArray):
-            try:
-                return list(self._read_encoded(value))
-            except (struct.error, IndexError) as error:
-                raise ValueError('an array of documents (%s)' % error)
-        if not isinstance(value, list):
+    def read(self, value: Any, streams: List[DataStream]) -> LogEntries:
+        if not isinstance(value, EncodedArray):
             raise ValueError('an array')
-        return [self._read_entry(entry) for entry in value]
+        return LogEntries(value)
 
-    def _read_encoded(self, data: bytes) -> Iterator[LogEntry]:
-        """Entries as all peers write them are taken where they stand, others by the way of BSON."""
-        unpack, end, at = _ENTRY_HEAD.unpack_from, len(data) - 1, 4
-        while at < end:
-            start = data.index(0, at + 1) + 1
-            size, name, source, kind, name2, occurred, name3, length = unpack(data, start)
-            after = start + size
-            if after > end or size < 5 or data[at] != 3:
-                raise ValueError('an array of whole documents')
-            if (
-                name == b'\x10Source\0'
-                and kind == 9
-                and name2 == b'Occurred\0'
-                and name3 == b'\x02Text\0'
-                and size == _ENTRY_HEAD_SIZE + length + 1
-                and data[after - 2 : after] == b'\0\0'
-                and 0 <= source <= DEBUG
-            ):
-                text = data[start + _ENTRY_HEAD_SIZE : after - 2].decode()
-                yield LogEntry(source, occurred, text)
-            else:
-                yield self._read_entry(decode_bson(data[start:after]))
-            at = after
-
-    def _read_entry(self, document: Any) -> LogEntry:
-        if not isinstance(document, dict):
-            raise ValueError('an array of documents')
-        get = document.get
-        source, occurred, text = get('Source'), get('Occurred'), get('Text')
-        if type(text) is str and type(occurred) is UtcDate and source in (STDOUT, STDERR, DEBUG):
-            return LogEntry(source, occurred, text)  # as all peers write it
-        members = {key.lower(): value for key, value in document.items()}
-        source, occurred, text = map(members.get, ('source', 'occurred', 'text'))
-        if text is not None and not isinstance(text, str):
-            raise ValueError('an array of documents with a Text')
-        return LogEntry(
-            self._source.read(source, []), self._occurred.read(occurred, []), text or ''
+    def write(self, value: Any, streams: List[DataStream]) -> EncodedArray:
+        if isinstance(value, LogEntries):
+            return value.array
+        content = array_of_entries(
+            encode_entry(source, occurred, text.encode('utf-8', 'replace'))
+            for source, occurred, text in value
         )
+        return EncodedArray(len(content), lambda: [content])
 
 
 _TICKET = Nested(ScriptTicket)
@@ -2457,7 +2624,7 @@ class CompleteScriptCommand(_AboutTicketAndLog):
 class _ScriptStatus(Contract):
     members = {
         'ticket': ('Ticket', _TICKET),
-        'logs': ('Logs', LogEntries()),
+        'logs': ('Logs', Log()),
         'next_log_sequence': ('NextLogSequence', Whole(wide=True)),
         'state': ('State', _STATE),
         'exit_code': ('ExitCode', Whole()),
@@ -2648,77 +2815,89 @@ def response_to_message(response: Response) -> Tuple[Dict[str, Any], List[DataSt
 # stream.
 
 _INFLATE_STEP = 1 << 18
+_PACKED_STEP = 1 << 16  # bytes: a longer message is sent in pieces of at least so many
+
+
+def packed_message(message: Optional[Dict[str, Any]]) -> Iterator[bytes]:
+    """The bytes of a message, in pieces; None is the keep-alive of a polling connection."""
+    deflate = zlib.compressobj(level=1, wbits=-15)
+    packed = bytearray()
+    for piece in bson_pieces({'Message': message}):
+        packed += deflate.compress(piece)
+        if len(packed) >= _PACKED_STEP:
+            yield bytes(packed)
+            packed.clear()
+    yield bytes(packed) + deflate.flush()
 
 
 def pack_message(message: Optional[Dict[str, Any]]) -> bytes:
-    """The bytes of a message; None is the keep-alive of a polling connection."""
-    deflate = zlib.compressobj(level=1, wbits=-15)
-    return deflate.compress(encode_bson({'Message': message})) + deflate.flush()
+    """What `packed_message` gives, in one."""
+    return b''.join(packed_message(message))
 
 
 #: What a server sends to a polling tentacle for which it has no work.
 NULL_MESSAGE = pack_message(None)
 
 
-class _Inflated:
-    """What has been inflated of a message, checked against the size that it says first."""
+class _Inflater:
+    """Inflates what a stream gives, a piece at a time."""
 
-    def __init__(self, limit: int):
-        self._limit = limit
-        self._parts: List[bytes] = []
-        self._size = 0
-        self._announced: Optional[int] = None
+    def __init__(self, stream: Any, limit: int):
+        self._stream = stream
+        # Empty blocks inflate to nothing for ever: what comes in is bounded as well.
+        self._limit = limit + (1 << 16)
+        self._inflate = zlib.decompressobj(-15)
+        self._taken = 0
+        self._has_more = False  # inflated bytes that wait inside zlib
 
-    def add(self, part: bytes) -> None:
-        self._parts.append(part)
-        self._size += len(part)
-        if self._announced is None and self._size >= 4:
-            (self._announced,) = _INT32.unpack(b''.join(self._parts)[:4])
-            if not 5 <= self._announced <= self._limit:
-                raise ProtocolError(
-                    'a message says that it has %d bytes; between 5 and %d are taken'
-                    % (self._announced, self._limit)
-                )
-        if self._size > (self._announced or 4):
-            raise ProtocolError('a message has more bytes than it says (%s)' % self._announced)
+    def __call__(self) -> bytes:
+        """The next bytes; b'' at the end of the DEFLATE stream. Raises ProtocolError,
+        ConnectionLost, and EOFError when the stream has ended already.
+        """
+        part = b''
+        while not (part or self._inflate.eof):
+            packed = self._inflate.unconsumed_tail
+            if not (packed or self._has_more):
+                packed = self._receive()
+            try:
+                part = self._inflate.decompress(packed, _INFLATE_STEP)
+            except zlib.error as error:
+                raise ProtocolError('a message is not DEFLATE: %s' % error)
+            self._has_more = len(part) == _INFLATE_STEP
+        return part
 
-    def join(self) -> bytes:
-        return b''.join(self._parts)
+    def _receive(self) -> bytes:
+        packed = self._stream.read_some()
+        if not packed and not self._taken:
+            raise EOFError
+        if not packed:
+            raise ConnectionLost('the connection ended in the middle of a message')
+        self._taken += len(packed)
+        if self._taken > self._limit:
+            raise ProtocolError('a message has more than %d bytes' % self._limit)
+        return packed
+
+    def give_back(self) -> None:
+        """Leave in the stream what follows the message."""
+        self._stream.unread(self._inflate.unused_data)
 
 
 def read_document(
     stream: Any, max_bytes: int, max_elements: int, nesting: int = LIMITS.nesting
 ) -> Optional[Dict[str, Any]]:
-    """Read one message's document; what follows it stays in the stream. None: the stream ended
-    before it.
+    """Read one message's document, whose `Logs` stay encoded; what follows it stays in the stream.
+    None: the stream ended before it.
 
     Raises ProtocolError (not DEFLATE, not BSON, over a budget), ConnectionLost (ended within).
     """
-    inflate = zlib.decompressobj(-15)
-    inflated = _Inflated(max_bytes)
-    taken = 0
-    while not inflate.eof:
-        chunk = stream.read_some()
-        if not chunk:
-            if not taken:
-                return None
-            raise ConnectionLost('the connection ended in the middle of a message')
-        taken += len(chunk)
-        # Empty blocks inflate to nothing for ever: what comes in is bounded as well as what comes
-        # out.
-        if taken > max_bytes + (1 << 16):
-            raise ProtocolError('a message has more than %d bytes' % max_bytes)
-        try:
-            while True:
-                part = inflate.decompress(chunk, _INFLATE_STEP)
-                inflated.add(part)
-                chunk = inflate.unconsumed_tail
-                if inflate.eof or (not chunk and len(part) < _INFLATE_STEP):
-                    break
-        except zlib.error as error:
-            raise ProtocolError('a message is not DEFLATE: %s' % error)
-    stream.unread(inflate.unused_data)
-    return decode_bson(inflated.join(), max_elements, nesting, encoded=('Logs',))
+    inflater = _Inflater(stream, max_bytes)
+    try:
+        source = ByteSource(more=inflater)
+        document = read_bson(source, max_bytes, max_elements, nesting, ('Logs',))
+    except EOFError:
+        return None
+    inflater.give_back()
+    return document
 
 
 def message_of(document: Dict[str, Any]) -> Any:
@@ -3099,16 +3278,20 @@ class MessageExchange:
     def _write_message(
         self, message: Dict[str, Any], streams: List[DataStream], control: bytes = b''
     ) -> None:
-        """A message and the control line after it, in one write where there are no data streams."""
+        """A message and the control line after it, in one write where both are short."""
         self.stream.set_timeout(self._limits.progress)
-        if not streams:
-            self.stream.write(pack_message(message) + control)
-            return
-        self.stream.write(pack_message(message))
+        last = b''
+        for piece in packed_message(message):
+            if last:
+                self.stream.write(last)
+            last = piece
+        if streams:
+            self.stream.write(last)
+            last = b''
         for data_stream in streams:
             self._write_stream(data_stream)
-        if control:
-            self.stream.write(control)
+        if last or control:
+            self.stream.write(last + control)
 
     def _write_stream(self, data_stream: DataStream) -> None:
         """id, length, the bytes, the length again (wire notes 3)."""
@@ -3451,31 +3634,35 @@ class ServiceRegistry:
 
 
 # ---- 13. Script execution ------------------------------------------------------------------------
-# A script must outlive the agent, so the agent is not its parent:
+# A script outlives the agent, so the agent is not its parent, and remembers nothing about it:
 #
-#     agent ── launcher ── supervisor ── script        (each ── a fork; the supervisor a session)
+#     agent ── launcher ── supervisor ── script        (each ── a fork; the last two in a session
+#                                                       of their own)
 #
-# Agent and supervisor share the workspace on disk and nothing else. Beside the script, its files
-# and `Output.log` it has a folder `.tentacle` with
+# What is known of a script lies in `<home>/Scripts/<ticket>/`, outside its workspace:
 #
-#     state.json   what was asked for; there once the workspace is whole
-#     lock         locked (flock) from the preparation to the end of the supervisor, and free as
-#                  soon as whoever had it is gone, however that came
-#     started      there once the script's process is about to be made: never made again
-#     cancel       there once it is to be cancelled; a byte into the FIFO `control` says so at once
-#     result       exit code and number of lost lines; there as the supervisor's last act
+#     alive        a FIFO that is open in the process that has the script in hand: first the agent
+#                  that prepares it, then its supervisor. Its end is an event for who reads it
+#                  (POLLHUP), and a byte in it cancels the script
+#     request      what was asked for, there once the workspace is whole; its supervisor holds a
+#                  record lock on it
+#     started      there once the script's process is about to be made: never made again. It names
+#                  the script's session, and when that began
+#     log          the lines so far, as the wire wants them: BSON entries, one after the other
+#     result       the exit code, and the entries behind the log: the supervisor's last act
 #
-# The last three are renamed into place, from files made ahead, so that a full disk can not keep
-# them from coming.
-#
-# So who finds a free lock knows: with `result` the script has ended, with `started` alone nobody
-# knows how, and without both it never ran and may be started. No process id is ever kept.
+# The folder appears by a rename, with `alive` open already, and goes by a rename; `started` and
+# `result` are renamed from files made ahead, so that a full disk does not keep them from coming.
+# So the state is a function of the folder: with `result` the script has ended; with a living
+# `alive` it waits, or runs when it has `started`; a dead one that has started ends with -46, and
+# one that has not is launched again. A completed ticket is a symbolic link in
+# `Scripts/.completed/HOUR` that points to its exit code, for a day.
 
 #: No limit, as the original's client writes it: the most milliseconds that an int32 holds (wire
 #: notes 3).
 NO_MUTEX_TIMEOUT = 2147483.647
 
-BOOTSTRAP, OUTPUT_LOG, STATE_FOLDER = 'Bootstrap.sh', 'Output.log', '.tentacle'
+BOOTSTRAP = 'Bootstrap.sh'
 DEFAULT_MUTEX = 'RunningScript'
 
 FATAL_EXIT_CODE = -41  # could not run or log (wire notes 4)
@@ -3486,34 +3673,23 @@ UNKNOWN_TICKET_EXIT_CODE = -45
 UNKNOWN_RESULT_EXIT_CODE = -46
 
 _TICKET_PATTERN = re.compile(r'[A-Za-z0-9_-][A-Za-z0-9_.-]{0,99}\Z')
-_PIPE_STEP = 1 << 16  # what a pipe holds on Linux
-_MOST_LAST_STEPS = 4  # read from a pipe after its script's end: a child may fill it for ever
+#: Of a folder that is being made, or removed: no ticket begins so.
+_NEW, _GONE = '.new-', '.gone-'
+#: The system has too little of something at this moment: no statement about any script.
+_STARVED = (errno.EMFILE, errno.ENFILE, errno.ENOMEM, errno.EAGAIN)
 
 
 def check_ticket(task_id: Optional[str]) -> str:
     """A ticket's id, fit to be the name of a folder. Raises ServiceError."""
     if not isinstance(task_id, str) or not _TICKET_PATTERN.match(task_id):
-        raise _failed_inside(
-            ValueError(
-                '%s is no script ticket: up to 100 letters, digits, - and _ are taken'
-                % printable(task_id, 40)
-            )
-        )
+        text = '%s is no script ticket: up to 100 letters, digits, - and _ are taken'
+        raise _failed_inside(ValueError(text % printable(task_id, 40)))
     return task_id
 
 
 def new_ticket() -> str:
     """A ticket for a script of our own asking: 128 random bits."""
     return secrets.token_hex(16)
-
-
-def user_name() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
 
 
 class ScriptSpec(NamedTuple):
@@ -3531,11 +3707,8 @@ class ScriptSpec(NamedTuple):
     sha256: str = ''  # of the body, for the same
 
 
-DOOMED = '.doomed-'  # no ticket begins so
-
-
 def remove_tree(path: str) -> None:
-    """Remove a folder as far as we may, following no symbolic link."""
+    """Remove a folder as far as we may, following no symbolic link. Never raises."""
     import shutil
 
     shutil.rmtree(path, ignore_errors=True)
@@ -3544,301 +3717,526 @@ def remove_tree(path: str) -> None:
     for folder, names, _ in os.walk(path):  # folders that their owner may not write, at first
         for name in names:
             if not os.path.islink(os.path.join(folder, name)):
-                os.chmod(os.path.join(folder, name), 0o700)
+                with contextlib.suppress(OSError):  # not ours
+                    os.chmod(os.path.join(folder, name), 0o700)
     shutil.rmtree(path, ignore_errors=True)
 
 
-class Workspace:
-    """The folder `<home>/Work/<ticket>` of one script."""
+def remove_folder(path: str) -> bool:
+    """Have a folder be gone for everybody at once, then remove it; whether we were the one to. What
+    can not be removed keeps the name of one that is gone. Raises OSError.
+    """
+    gone = os.path.join(os.path.dirname(path), _GONE + secrets.token_hex(8))
+    try:
+        os.rename(path, gone)
+    except FileNotFoundError:
+        return False
+    remove_tree(gone)
+    return True
 
-    _RESULT_SIZE = 40
 
-    def __init__(self, root: str, ticket: str):
-        self.ticket = check_ticket(ticket)
-        self.path = os.path.join(root, ticket)
-        self.log_path = os.path.join(self.path, OUTPUT_LOG)
-        self.bootstrap = os.path.join(self.path, BOOTSTRAP)
+def read_small(path: str, limit: int = 1 << 16) -> bytes:
+    """A regular file of ours, at most `limit` bytes of it: nothing that stands in its place makes
+    us wait or grow. Raises OSError; ValueError for what is no file.
+    """
+    flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+    with open(os.open(path, flags), 'rb', buffering=0) as file:
+        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
+            raise ValueError('%s is not a file' % path)
+        return file.read(limit) or b''
+
+
+class Liveness:
+    """Whether any process has a FIFO open for writing, and when the last one ends, by whatever
+    cause. Raises OSError.
+    """
+
+    def __init__(self, path: str):
+        self._reader: Optional[int] = None
+        flags = os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            # A reader that never saw a writer is told nothing (Linux): so we are one for a moment.
+            writer = os.open(path, os.O_WRONLY | flags)
+        except OSError as error:
+            if error.errno not in (errno.ENXIO, errno.ENOENT, errno.ELOOP):
+                raise
+            return
+        try:
+            if stat.S_ISFIFO(os.fstat(writer).st_mode):
+                self._reader = os.open(path, os.O_RDONLY | flags)
+        except FileNotFoundError:
+            pass  # it is being removed
+        finally:
+            os.close(writer)
+
+    def __enter__(self) -> 'Liveness':
+        return self
+
+    def __exit__(self, *exception: Any) -> None:
+        if self._reader is not None:
+            os.close(self._reader)
+
+    def ended(self, seconds: float = 0) -> bool:
+        """Wait for the end, no longer than that; whether it has come."""
+        if self._reader is None:
+            return True
+        poll = select.poll()
+        poll.register(self._reader, 0)
+        return bool(poll.poll(seconds * 1000))
+
+
+class ScriptFolder:
+    """The folder of one script. Any process may call; raises OSError, and takes nothing but ENOENT
+    for "not there".
+    """
+
+    _RESULT_SIZE = 4096  # bytes: room for an exit code and a few lines
+
+    def __init__(self, scripts: str, ticket: str):
+        self.ticket = ticket
+        self.path = os.path.join(scripts, ticket)
 
     def inner(self, name: str) -> str:
-        """The path of a file in our own folder."""
-        return os.path.join(self.path, STATE_FOLDER, name)
+        return os.path.join(self.path, name)
 
     def has(self, name: str) -> bool:
-        return os.path.exists(self.inner(name))
-
-    def turn_up(self, name: str) -> bool:
-        """Have a file be there that was made ahead; False when it was there already."""
         try:
-            os.rename(self.inner(name + '.new'), self.inner(name))
+            os.lstat(self.inner(name))
         except FileNotFoundError:
             return False
         return True
 
-    def create(self) -> None:
-        os.makedirs(os.path.dirname(self.path), mode=0o700, exist_ok=True)
+    def make(self) -> int:
+        """Make a folder at this path, with a living `alive`; its descriptor, which keeps it so."""
         os.mkdir(self.path, 0o700)
-        os.mkdir(self.inner(''), 0o700)
+        os.mkfifo(self.inner('alive'), 0o600)
+        return self.hold()
 
-    def write(self, spec: ScriptSpec) -> None:
-        """Everything that the script needs, the state last. Raises ServiceError, OSError."""
-        with open(self.bootstrap, 'w', encoding='utf-8', newline='\n') as file:
-            file.write(spec.body.replace('\r\n', '\n'))
-        os.chmod(self.bootstrap, 0o700)
-        for script_file in spec.files:
-            self._write_file(script_file)
-        os.mkfifo(self.inner('control'), 0o600)
-        for name in ('started.new', 'cancel.new', 'result.new'):
-            with open(self.inner(name), 'w', encoding='utf-8') as file:
-                file.write(' ' * self._RESULT_SIZE)
-        state = spec._replace(body='', files=[])._asdict()
-        # A wait for the mutex goes on after a restart, with the time that is left.
-        state['mutex_deadline'] = time.time() + spec.mutex_timeout if spec.mutex_timeout else None
-        state['created'] = time.time()
-        with open(self.inner('state.json.new'), 'w', encoding='utf-8') as file:
-            json.dump(state, file)
-        self.turn_up('state.json')
+    def hold(self) -> int:
+        """Have `alive` living for as long as the descriptor is open."""
+        with contextlib.suppress(FileExistsError):
+            os.mkfifo(self.inner('alive'), 0o600)
+        flags = os.O_RDWR | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(self.inner('alive'), flags)
 
-    def _write_file(self, file: ScriptFile) -> None:
-        """Put a file beside the script. Raises ServiceError for a name that leads elsewhere."""
-        name = file.name or ''
-        reserved = ('', '.', '..', BOOTSTRAP, OUTPUT_LOG, STATE_FOLDER)
-        if name in reserved or set('/\\\0') & set(name) or file.contents is None:
-            raise _failed_inside(
-                ValueError('%s can not be the name of a file of a script' % printable(name, 100))
-            )
-        require_room(self.path, file.contents.length, LIMITS)
-        with file.contents.open() as source, open(os.path.join(self.path, name), 'xb') as target:
-            if file.encryption_password is not None:
-                encrypt_script_file(source, target, file.encryption_password)
-                return
-            pump(source, target.write, file.contents.length)
+    def is_alive(self) -> bool:
+        with Liveness(self.inner('alive')) as liveness:
+            return not liveness.ended()
 
-    def state(self) -> Dict[str, Any]:
-        """What was asked for. Raises FileNotFoundError (no workspace of ours), ValueError."""
-        with open(self.inner('state.json'), encoding='utf-8') as file:
-            return json.load(file)
+    def write_request(self, facts: Dict[str, Any]) -> None:
+        """The last step of the preparation."""
+        for name, size in (('started.new', 200), ('result.new', self._RESULT_SIZE)):
+            with open(self.inner(name), 'wb') as file:
+                file.write(b' ' * size)
+        with open(self.inner('request.new'), 'w', encoding='utf-8') as text:
+            json.dump(facts, text)
+        os.rename(self.inner('request.new'), self.inner('request'))
 
-    def result(self) -> Optional[Tuple[int, int]]:
-        """(exit code, lines lost from the log), or None while there is no result."""
+    def request(self) -> Dict[str, Any]:
+        """Raises also ValueError, for what is no request of ours."""
+        facts = json.loads(read_small(self.inner('request'), LIMITS.request_bytes).decode())
+        if not isinstance(facts, dict):
+            raise ValueError('a request is a JSON object')
+        return facts
+
+    def result(self) -> Optional[Tuple[int, bytes]]:
+        """(exit code, the log entries behind the log), None while there is no result."""
         try:
-            with open(self.inner('result'), encoding='utf-8') as file:
-                exit_code, lost = file.read().split()
-            return int(exit_code), int(lost)
-        except (OSError, ValueError):
+            code, _, entries = read_small(self.inner('result')).partition(b'\n')
+            return int(code), entries
+        except FileNotFoundError:
             return None
+        except ValueError:  # somebody wrote it who is not we
+            return UNKNOWN_RESULT_EXIT_CODE, b''
 
-    def write_result(self, exit_code: int, lost: int = 0) -> None:
-        """Raises OSError."""
-        text = '%d %d' % (exit_code, lost)
-        os.makedirs(self.inner(''), exist_ok=True)  # a script may have removed its own workspace
-        with open(self.inner('result.new'), 'r+' if self.has('result.new') else 'w') as file:
-            file.write(text.ljust(self._RESULT_SIZE - 1) + '\n')
-        self.turn_up('result')
-
-    def lock(self, wait: bool = False) -> Optional[int]:
-        """Take the lock; a descriptor that holds it, or None when another has it."""
-        import fcntl
-
-        descriptor = os.open(self.inner('lock'), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    def write_result(self, exit_code: int, lines: Iterable[Tuple[int, str]] = ()) -> None:
+        """Whoever knows the end writes it, with (source, text) of the last lines of the log."""
+        now = int(time.time() * 1000)
+        content = b'%d\n' % exit_code
+        for source, text in lines:
+            content += encode_entry(source, now, printable(text, 1000).encode())
+        mine = self.inner('result.' + secrets.token_hex(4))
+        with contextlib.suppress(FileNotFoundError):
+            os.rename(self.inner('result.new'), mine)
+        descriptor = os.open(mine, os.O_WRONLY | os.O_CREAT | os.O_CLOEXEC, 0o600)
         try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | (0 if wait else fcntl.LOCK_NB))
-        except BlockingIOError:
-            os.close(descriptor)
-            return None
-        return descriptor
-
-    def ask_to_cancel(self) -> None:
-        """Leave word for the supervisor, and wake it where it listens."""
-        self.turn_up('cancel')
-        try:
-            control = os.open(self.inner('control'), os.O_WRONLY | os.O_NONBLOCK)
-        except OSError:
-            return  # nobody listens: not yet, or not any more
-        try:
-            os.write(control, b'c')
-        except OSError:
-            pass  # it has been told a thousand times, or has just ended
+            os.write(descriptor, content)
+            os.ftruncate(descriptor, len(content))
         finally:
-            os.close(control)
+            os.close(descriptor)
+        os.rename(mine, self.inner('result'))
 
-    def delete(self) -> None:
-        """Remove the folder and what is in it; symbolic links in it are removed, not followed.
-
-        It is gone for everybody at once: what a crash leaves of it has another name.
+    def claim_start(self) -> bool:
+        """Take the one right to start the script, or to say that it never will; False when that
+        was taken.
         """
-        folder, name = os.path.split(self.path)
-        doomed = os.path.join(folder, DOOMED + name + secrets.token_hex(4))
         try:
-            os.rename(self.path, doomed)
+            os.rename(self.inner('started.new'), self.inner('started'))
+        except FileNotFoundError:
+            return False
+        return True
+
+    def ask_to_cancel(self) -> bool:
+        """Tell whoever has the script in hand; False when there is nobody."""
+        with Liveness(self.inner('alive')) as liveness:
+            if liveness.ended():
+                return False
+            try:
+                writer = os.open(self.inner('alive'), os.O_WRONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+            except FileNotFoundError:
+                return False
+            try:
+                os.write(writer, b'c')
+            except BlockingIOError:
+                pass  # it has been told a thousand times
+            finally:
+                os.close(writer)
+        return True
+
+    def bury(self) -> None:
+        """The supervisor of a script that had started is gone: end what is left of the script, and
+        write the result that nobody knows.
+        """
+        text = 'The result of the script is unknown: its supervisor is gone'
+        if not end_session(self.inner('started')):
+            text += '. Processes of script %s may still run' % self.ticket
+            logger.warning('Processes of script %s may still run', self.ticket)
+        self.write_result(UNKNOWN_RESULT_EXIT_CODE, [(STDERR, text)])
+
+
+def ticket_folders(scripts: str) -> List[ScriptFolder]:
+    """The folders of all scripts that are not completed."""
+    with contextlib.suppress(FileNotFoundError):
+        names = os.listdir(scripts)
+        return [ScriptFolder(scripts, name) for name in names if _TICKET_PATTERN.match(name)]
+    return []
+
+
+# -- the processes of a script, by Linux' /proc
+
+
+def descendants(root: int) -> List[int]:
+    """The processes below a process; none where /proc can not tell."""
+    found: List[int] = []
+    parents = [root]
+    while parents:
+        pid = parents.pop()
+        try:
+            for thread in os.listdir('/proc/%d/task' % pid):
+                with open('/proc/%d/task/%s/children' % (pid, thread)) as file:
+                    children = [int(child) for child in file.read().split()]
+                found += children
+                parents += children
         except OSError:
-            return  # it is gone already, or was never there
-        remove_tree(doomed)
+            continue  # it has just ended
+    return found
 
 
-def _checked(entry: Any) -> LogEntry:
-    source, occurred, text = entry
-    if source not in (STDOUT, STDERR, DEBUG) or type(text) is not str:
-        raise ValueError('not an entry of ours')
-    if type(occurred) is not int or not 0 <= occurred < 1 << 60:
-        raise ValueError('not a time of ours')
-    return LogEntry(source, occurred, text)
-
-
-def _entry_of(line: bytes) -> LogEntry:
-    """The entry of a line; one that a script wrote into the log itself is shown as what it is."""
+def process_facts(pid: Any) -> List[bytes]:
+    """The fields of /proc/PID/stat from the third on (proc(5)); none where it can not tell."""
     try:
-        return _checked(json.loads(line.decode()))
-    except (ValueError, TypeError):
-        text = 'Written into the log by the script: ' + line.decode('utf-8', 'replace').rstrip()
-        return LogEntry(DEBUG, 0, text)
+        with open('/proc/%s/stat' % pid, 'rb') as file:
+            return file.read().rpartition(b')')[2].split()
+    except OSError:
+        return []
 
 
-def _entries_of(lines: List[bytes]) -> List[LogEntry]:
-    """The entries of a log file's lines."""
+def boot_id() -> bytes:
     try:
-        return [_checked(entry) for entry in json.loads(b'[%b]' % b','.join(lines))]
-    except (ValueError, TypeError):
-        return [_entry_of(line) for line in lines]
+        with open('/proc/sys/kernel/random/boot_id', 'rb') as file:
+            return file.read().strip()
+    except OSError:
+        return b'-'
+
+
+def session_facts(pid: Any) -> bytes:
+    """What names a session of this process for ever: its number, its start and the boot."""
+    return b'%d %b %b\n' % (pid, (process_facts(pid) + [b'-'] * 20)[19], boot_id())
+
+
+def end_session(path: str) -> bool:
+    """SIGKILL to all processes of the session that `session_facts` in a file name; whether none is
+    left. Nobody else's process is touched: where the session's leader is gone, its number may be
+    another's by now, and a process must have the script's environment.
+    """
+    try:
+        session, start, boot = read_small(path).split()[:3]
+        number = int(session)
+    except ValueError:
+        return True  # no process of the script was made yet
+    if boot != boot_id() and b'-' not in (boot, boot_id()):
+        return True  # the machine was started anew
+    if not process_facts('self') or start == b'-':
+        return False
+    mark = os.fsencode('TentacleScriptTicket=' + os.path.basename(os.path.dirname(path)))
+    for _ in range(100):
+        leader = process_facts(number)
+        if leader and leader[19] != start:
+            return True  # the number is another's, so nobody was left
+        members = [int(pid) for pid in os.listdir('/proc') if pid.isdigit()]
+        members = [pid for pid in members if _session_of(pid) == number]
+        living = [pid for pid in members if process_facts(pid)[:1] not in ([], [b'Z'])]
+        if not living:
+            return True
+        for pid in living:
+            with contextlib.suppress(OSError):
+                with open('/proc/%d/environ' % pid, 'rb') as file:
+                    if not leader and mark not in file.read().split(b'\0'):
+                        return False
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return False
+
+
+def _session_of(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return 0
+
+
+def set_title(title: str) -> None:
+    """Have `ps` show a title in the place of the command line, where that can be; never raises."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        begin, end = (int(field) for field in process_facts('self')[45:47])
+        if 0 < begin < end:
+            with open('/proc/self/mem', 'r+b', buffering=0) as memory:
+                memory.seek(begin)
+                memory.write(title.encode()[: end - begin - 1].ljust(end - begin, b'\0'))
+
+
+def change_oom_score(score: bytes) -> Optional[bytes]:
+    """Ask the kernel to kill this process sooner or later than others, where it may be asked; what
+    it was before, None when it stays so.
+    """
+    try:
+        with open('/proc/self/oom_score_adj', 'r+b', buffering=0) as file:
+            before = file.read(20)
+            file.seek(0)
+            file.write(score)
+            return before
+    except OSError:
+        return None
+
+
+# -- the log
 
 
 def lines_were_lost(count: int) -> str:
     return '%d lines were lost here: the log could not be written' % count
 
 
+def utf8(line: bytes) -> bytes:
+    """A line with U+FFFD in the place of what is no UTF-8."""
+    try:
+        line.decode()
+    except UnicodeDecodeError:
+        line = line.decode('utf-8', 'replace').encode()
+    return line
+
+
 class LogWriter:
-    """Appends to a script's log: one JSON array `[source, milliseconds, text]` a line.
+    """Appends to a script's log. One process at a time.
 
-    A full disk does not stop a script: what can not be written is counted, and said when there is
-    room again. One process at a time.
+    A full disk does not stop a script, nor does a log that is longer than `limit` bytes: lines that
+    can not be kept are counted, and it is said when there is room again, or at the end.
     """
 
-    def __init__(self, path: str):
-        self._file = open(path, 'ab', buffering=0)
-        self.lost = 0  #: lines that could not be written, and of which the log does not say so
+    def __init__(self, path: str, limit: int = LIMITS.log_bytes):
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        self._descriptor = os.open(path, flags, 0o600)
+        self._size = os.fstat(self._descriptor).st_size
+        self._limit = limit
+        self._kept = 0
+        self._lost = 0  # lines of which the log does not say so
+        self._is_full = False
 
-    def append(self, source: int, texts: List[str]) -> None:
+    def append(self, source: int, lines: Sequence[bytes]) -> None:
+        """Lines without their ends. Never raises."""
         now = int(time.time() * 1000)
-        head = '[%d,%d,' % (source, now)
-        quote = json.encoder.encode_basestring_ascii
-        encoded = [head + quote(text) + ']\n' for text in texts]
-        if self.lost:
-            head = '[%d,%d,' % (STDERR, now)
-            encoded.insert(0, head + quote(lines_were_lost(self.lost)) + ']\n')
-        if self._write(''.join(encoded).encode()):
-            self.lost = 0
-        else:
-            self.lost += len(texts)
+        entries = [encode_entry(source, now, utf8(line)) for line in lines]
+        if self._lost and not self._is_full:
+            said = encode_entry(STDERR, now, lines_were_lost(self._lost).encode())
+            if self._write([said]):
+                self._lost = 0
+        self._lost += len(entries) - self._write(entries)
 
-    def _write(self, data: bytes) -> bool:
-        """Write all of it, or nothing."""
+    def say(self, source: int, *texts: str) -> None:
+        self.append(source, [printable(text, 10000).encode() for text in texts])
+
+    def _write(self, entries: List[bytes]) -> int:
+        """How many of them, from the first on, are whole on the disk."""
+        if self._is_full:
+            return 0
+        data = b''.join(entries)
+        self._is_full = self._size + len(data) > self._limit
         written = 0
-        try:
-            written = self._file.write(data) or 0
-            if written == len(data):
-                return True
-        except OSError:
-            pass
-        if written:
-            self._file.truncate(self._file.seek(0, os.SEEK_END) - written)
-        return False
+        with contextlib.suppress(OSError):
+            written = os.write(self._descriptor, data[: self._limit - self._size])
+        count = len(entries)
+        if written < len(data):
+            whole = count = 0
+            while count < len(entries) and whole + len(entries[count]) <= written:
+                whole += len(entries[count])
+                count += 1
+            if whole < written:
+                os.ftruncate(self._descriptor, self._size + whole)
+            written = whole
+        self._size += written
+        self._kept += count
+        return count
 
-    def close(self) -> None:
-        self._file.close()
-
-
-class ScriptLog:
-    """Reads a script's log. Any thread may call.
-
-    Reading costs what is read: the byte offset of every 64th entry that a reader has passed is
-    remembered.
-    """
-
-    _STRIDE = 64
-
-    def __init__(self, path: str, limits: Limits = LIMITS):
-        self._path = path
-        self._limits = limits
-        self._offsets = array('q', [0])  # of the entries 0, 64, 128 ...
-        self._length = 0  # entries, when the end was reached last
-        self._lock = threading.Lock()
-        self.last: List[LogEntry] = []  #: what comes after the end of the file
-
-    def read(self, after: int) -> Tuple[List[LogEntry], bool]:
-        """(the entries after the `after`-th, as many as one answer may hold, whether there are
-        more).
-        """
-        lines: List[bytes] = []
-        size = 0
-        for line in self._lines_from(max(after, 0)):
-            size += len(line)
-            if lines and (
-                len(lines) >= self._limits.log_answer_lines or size > self._limits.log_answer_bytes
-            ):
-                return _entries_of(lines), True
-            lines.append(line)
-        with self._lock:
-            given = max(after - self._length, 0)  # of `last`
-        return _entries_of(lines) + self.last[given:], False
-
-    def _lines_from(self, number: int) -> Iterator[bytes]:
-        """The lines of the file from the entry of that number, counted from 0, on."""
-        with self._lock:
-            block = min(number // self._STRIDE, len(self._offsets) - 1)
-            offset = self._offsets[block]
-        position = block * self._STRIDE
-        try:
-            file = open(self._path, 'rb')
-        except OSError:
-            return  # the script took it away
-        with file:
-            file.seek(offset)
-            for line in file:
-                if not line.endswith(b'\n'):
-                    break  # still being written
-                offset += len(line)
-                position += 1
-                if position > number:
-                    yield line
-                if position % self._STRIDE == 0:
-                    self._remember(position // self._STRIDE, offset)
-        with self._lock:
-            self._length = position
-
-    def _remember(self, block: int, offset: int) -> None:
-        with self._lock:
-            if block == len(self._offsets):
-                self._offsets.append(offset)
+    def close(self) -> List[Tuple[int, str]]:
+        """(source, text) of what is to be said behind the log."""
+        is_gone = not os.fstat(self._descriptor).st_nlink
+        os.close(self._descriptor)
+        if is_gone:
+            text = '%d lines were lost: the log was removed while the script ran'
+            return [(STDERR, text % (self._kept + self._lost))]
+        if self._lost and self._is_full:
+            text = '%d lines were not kept: the log of a script has %d bytes at most'
+            return [(STDERR, text % (self._lost, self._limit))]
+        return [(STDERR, lines_were_lost(self._lost))] if self._lost else []
 
 
 class LineSplitter:
-    """Bytes of one pipe to lines of text: what is not UTF-8 is replaced, and a line that is longer
-    than a limit, or has no end, is cut.
+    """Bytes of one pipe to lines, which LF, CR LF or a lone CR end; a line that is longer than a
+    limit is cut, and counted in `cuts`.
     """
 
     def __init__(self, limit: int = LIMITS.log_line):
         self._limit = limit
-        self._decoder = codecs.getincrementaldecoder('utf-8')('replace')
-        self._partial = ''
+        self._parts: List[bytes] = []  # of the line that has no end yet
+        self._size = 0
+        self._after_cr = False
+        self.cuts = 0
 
-    def feed(self, data: bytes, final: bool = False) -> List[str]:
+    def feed(self, data: bytes, final: bool = False) -> List[bytes]:
         """The lines that are whole now; with `final` also the last one that has no end."""
-        *whole, self._partial = (self._partial + self._decoder.decode(data, final)).split('\n')
-        lines: List[str] = []
-        for line in whole:
-            lines += self._cut(line[:-1] if line.endswith('\r') else line)
-        if final and self._partial:
-            lines += self._cut(self._partial)
-            self._partial = ''
-        elif len(self._partial) > self._limit:
-            *cut, self._partial = self._cut(self._partial)
-            lines += cut
+        if self._after_cr and data:
+            data = data[data.startswith(b'\n') :]
+            self._after_cr = False
+        if b'\r' in data:
+            self._after_cr = data.endswith(b'\r')
+            data = data.replace(b'\r\n', b'\n').replace(b'\r', b'\n')
+        *lines, rest = data.split(b'\n')
+        if lines:
+            lines[:1] = self._cut(b''.join(self._parts) + lines[0])
+            self._parts, self._size = [], 0
+        self._parts.append(rest)
+        self._size += len(rest)
+        if self._size > self._limit or (final and self._size):
+            *cut, rest = self._cut(b''.join(self._parts))
+            lines += cut + [rest] * final
+            self._parts, self._size = ([], 0) if final else ([rest], len(rest))
         return lines
 
-    def _cut(self, line: str) -> List[str]:
-        limit = self._limit
-        if len(line) <= limit:
+    def _cut(self, line: bytes) -> List[bytes]:
+        if len(line) <= self._limit:
             return [line]
-        return [line[i : i + limit] for i in range(0, len(line), limit)]
+        self.cuts += 1
+        return [line[i : i + self._limit] for i in range(0, len(line), self._limit)]
+
+
+class LogReader:
+    """Reads scripts' logs, for status answers. Any thread may call.
+
+    Reading costs what is new: where the last answer about a script ended is kept as a hint, that
+    the log can give again.
+    """
+
+    _MOST_HINTS = 1000
+
+    def __init__(self, limits: Limits = LIMITS):
+        self._limits = limits
+        self._hints: 'OrderedDict[str, Tuple[int, int, int]]' = OrderedDict()
+        self._lock = threading.Lock()
+
+    def read(self, path: str, after: int, tail: bytes = b'') -> Tuple[EncodedArray, int, bool]:
+        """(the entries after the `after`-th, those of `tail` behind the log's, as elements of an
+        array; how many there are; whether there are more). Raises OSError.
+        """
+        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
+        try:
+            file = open(os.open(path, flags), 'rb', buffering=0)
+        except FileNotFoundError:  # a ticket that is being completed
+            file = open(os.devnull, 'rb', buffering=0)
+        begin, end, number, count, more = self._measure(file, path, after)
+        behind: List[bytes] = []
+        if not more:
+            with contextlib.suppress(ProtocolError):  # somebody wrote it who is not we
+                behind = [entry for found in documents_in([tail]) for entry in found]
+            behind = behind[max(after - number, 0) :]
+        total = count + len(behind)
+
+        def pieces() -> Iterator[bytes]:
+            index = 0
+            with file:
+                file.seek(begin)
+                for found in documents_in(_read_up_to(file, end - begin)):
+                    yield array_of_entries(found, index)
+                    index += len(found)
+            if index != count:
+                raise ConnectionLost('a log changed while it was sent: the connection is given up')
+            yield array_of_entries(behind, index)
+
+        size = end - begin + sum(map(len, behind)) + _size_of_keys(total)
+        return EncodedArray(size, pieces), total, more
+
+    def _measure(self, file: Any, path: str, after: int) -> Tuple[int, int, int, int, bool]:
+        """(offset of the entry behind the `after`-th, offset and number of the last one that fits
+        into an answer, how many these are, whether more follow)
+        """
+        details = os.fstat(file.fileno())
+        if not stat.S_ISREG(details.st_mode):
+            return 0, 0, 0, 0, False
+        with self._lock:
+            inode, number, at = self._hints.pop(path, (0, 0, 0))
+        if inode != details.st_ino or number > after:
+            number = at = 0
+        file.seek(at)
+        begin, first, more = at, number, False
+        try:
+            for found in documents_in(_read_up_to(file, sys.maxsize)):
+                for document in found:
+                    more = number > first and not self._fits(number - first, at - begin, document)
+                    if more:
+                        break
+                    number, at = number + 1, at + len(document)
+                    if number <= after:
+                        begin, first = at, number
+                if more:
+                    break
+        except ProtocolError as error:
+            logger.error('%s is damaged behind its line %d: %s', path, number, error)
+        with self._lock:
+            self._hints[path] = details.st_ino, number, at
+            if len(self._hints) > self._MOST_HINTS:
+                self._hints.popitem(last=False)
+        return begin, at, number, number - first, more
+
+    def _fits(self, count: int, size: int, document: bytes) -> bool:
+        limits = self._limits
+        return count < limits.log_answer_lines and size + len(document) <= limits.log_answer_bytes
+
+
+def _read_up_to(file: Any, size: int) -> Iterator[bytes]:
+    while size > 0:
+        data = file.read(min(size, 1 << 18))
+        if not data:
+            return
+        size -= len(data)
+        yield data
+
+
+def _size_of_keys(count: int) -> int:
+    """Bytes of the types, indices and NULs of so many elements of an array."""
+    total, least, digits = 0, 0, 1
+    while least < count:
+        most = min(count, 10**digits)
+        total += (most - least) * (digits + 2)
+        least, digits = most, digits + 1
+    return total
 
 
 _ARGUMENT_PART = re.compile(r'(\\*)("?)([^\\" \t]*)([ \t]*)')
@@ -3878,6 +4276,138 @@ def find_shell() -> str:
     return '/bin/bash' if os.access('/bin/bash', os.X_OK) else '/bin/sh'
 
 
+# -- the isolation mutex
+
+
+class _Woken(Exception):
+    """A signal came while a lock was waited for."""
+
+
+class IsolationMutex:
+    """A reader-writer lock by name, between processes: a record lock on a byte of a file of the
+    home, which the kernel gives back when its holder ends. A script of full isolation is a writer.
+
+    Fair: who waits holds the byte beside it, a turnstile, so new readers do not starve a writer.
+    For single-threaded processes: the wait is the call itself, which signals end. Closing any
+    descriptor of the file would give the locks back, so it is open once; behind `above`, since
+    those of a process that is killed are closed in their order.
+    """
+
+    _STEP = 5.0  # seconds: a signal just ahead of the call is not seen by it
+
+    def __init__(self, path: str, name: str, above: int = -1):
+        import fcntl
+
+        descriptor = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        self._file = fcntl.fcntl(descriptor, fcntl.F_DUPFD_CLOEXEC, above + 1)
+        os.close(descriptor)
+        self._byte = 2 * zlib.crc32(name.encode('utf-8', 'surrogatepass'))
+        self._is_waiting = False
+
+    def acquire(
+        self,
+        exclusive: bool,
+        limit: float,
+        is_cancelled: Callable[[], bool],
+        on_wait: Callable[[], None],
+    ) -> bool:
+        """True with the lock; False after `limit` seconds, or when `is_cancelled`. `on_wait` is
+        called once ahead of a wait.
+        """
+        import fcntl
+
+        kind = fcntl.LOCK_EX if exclusive else fcntl.LOCK_SH
+        deadline = time.monotonic() + limit
+        has_waited = False
+        try:
+            for mode, byte in ((fcntl.LOCK_EX, self._byte + 1), (kind, self._byte)):
+                if self._try(mode, byte):
+                    continue
+                if not has_waited:
+                    on_wait()
+                    has_waited = True
+                if not self._wait(mode, byte, deadline, is_cancelled):
+                    return False
+            return True
+        finally:
+            fcntl.lockf(self._file, fcntl.LOCK_UN, 1, self._byte + 1)
+
+    def _try(self, mode: int, byte: int) -> bool:
+        import fcntl
+
+        try:
+            fcntl.lockf(self._file, mode | fcntl.LOCK_NB, 1, byte)
+        except OSError as error:
+            if error.errno not in (errno.EAGAIN, errno.EACCES):
+                raise
+            return False
+        return True
+
+    def _wake(self, number: int, frame: Any) -> None:
+        if self._is_waiting:
+            self._is_waiting = False
+            raise _Woken
+
+    def _wait(
+        self, mode: int, byte: int, deadline: float, is_cancelled: Callable[[], bool]
+    ) -> bool:
+        import fcntl
+
+        wakers = (signal.SIGALRM, signal.SIGIO)
+        before = [signal.signal(number, self._wake) for number in wakers]
+        try:
+            while not is_cancelled():
+                left = min(deadline - time.monotonic(), self._STEP)
+                if left <= 0:
+                    return False
+                try:
+                    self._is_waiting = True
+                    signal.setitimer(signal.ITIMER_REAL, left, self._STEP)
+                    if not is_cancelled():  # its signal may have come too early to be heard
+                        fcntl.lockf(self._file, mode, 1, byte)
+                    self._is_waiting = False
+                except _Woken:
+                    pass
+                if self._try(mode, byte):  # it may be ours already, signal or not
+                    return True
+            return False
+        finally:
+            signal.setitimer(signal.ITIMER_REAL, 0)
+            for number, handler in zip(wakers, before):
+                signal.signal(number, handler)
+
+
+def _names_of_tasks(tasks: Sequence[str]) -> str:
+    shown = ['[%s](~/app#/tasks/%s)' % (task, task) for task in tasks]
+    return ' and '.join([', '.join(shown[:-1])] * (len(shown) > 1) + shown[-1:])
+
+
+def waiting_text(tasks: Sequence[str], own: str, is_full: bool) -> str:
+    """Who is waited for, in the original's words (captures listening-isolation-*)."""
+    script = 'this' if is_full else 'that'
+    end = ' requires that no other Octopus scripts are executing on this target at the same time.'
+    if len(tasks) > 1:
+        start = 'Waiting on scripts in tasks %s to finish. This script'
+        return start % _names_of_tasks(tasks) + end
+    if own in tasks or not tasks:
+        start = 'Waiting on another script in this task to finish as %s task'
+        return start % ('this' if is_full or not tasks else 'another') + end
+    start = 'Waiting for the script in task %s to finish as %s script'
+    return start % (_names_of_tasks(tasks), script) + end
+
+
+def still_running_text(tasks: Sequence[str]) -> str:
+    """Whom one that gave up has waited for."""
+    if not tasks:
+        return ''
+    plural = len(tasks) > 1
+    return ' Task%s %s %s still running.' % (
+        's' * plural,
+        _names_of_tasks(tasks),
+        'are' if plural else 'is',
+    )
+
+
 # -- the supervisor, a process of its own for each script
 
 
@@ -3892,135 +4422,255 @@ def find_prctl() -> Callable[..., Any]:
 
 
 PR_SET_CHILD_SUBREAPER = 36
-
-
-def descendants(root: int) -> List[int]:
-    """The processes below a process, by Linux' /proc; none where that can not tell."""
-    found: List[int] = []
-    parents = [root]
-    while parents:
-        pid = parents.pop()
-        try:
-            for thread in os.listdir('/proc/%d/task' % pid):
-                with open('/proc/%d/task/%s/children' % (pid, thread)) as file:
-                    children = [int(child) for child in file.read().split()]
-                found += children
-                parents += children
-        except OSError:
-            continue  # it has just ended
-    return found
+FIONREAD = 0x541B if sys.platform.startswith('linux') else 0x4004667F
+_PIPE_STEP = 1 << 16  # what a pipe holds on Linux
 
 
 class _Pump:
     """Puts the lines of one pipe of a script into its log."""
 
-    def __init__(self, pipe: Any, source: int, log: LogWriter, line_limit: int):
-        self.pipe = pipe
+    def __init__(self, descriptor: int, source: int, log: LogWriter, line_limit: int):
+        self.descriptor = descriptor
         self._source = source
         self._log = log
         self._splitter = LineSplitter(line_limit)
         self.ended = False
-        os.set_blocking(pipe.fileno(), False)
+        os.set_blocking(descriptor, False)
 
-    def __call__(self, descriptor: int) -> bool:
-        """Take what there is, once; False at the end of the pipe."""
+    def take(self, most: int = _PIPE_STEP) -> int:
+        """Take what there is, once; how much it was."""
         try:
-            data = os.read(descriptor, _PIPE_STEP)
+            data = os.read(self.descriptor, min(most, _PIPE_STEP))
         except BlockingIOError:
-            return True
-        self._take(data, final=not data)
+            return 0
         self.ended = not data
-        return not self.ended
+        self._put(data, final=not data)
+        return len(data)
 
-    def _take(self, data: bytes, final: bool) -> None:
+    def _put(self, data: bytes, final: bool) -> None:
+        cuts = self._splitter.cuts
         lines = self._splitter.feed(data, final)
         if lines:
             self._log.append(self._source, lines)
+        if self._splitter.cuts > cuts:
+            self._log.say(DEBUG, 'A line was too long, and is cut into several here')
 
-    def finish(self) -> bool:
-        """Take what is in the pipe now; whether it has ended."""
-        for _ in range(_MOST_LAST_STEPS):
-            if self.ended or not self(self.pipe.fileno()):
-                return True
-        self._take(b'', final=True)
-        return self.ended
+    def take_what_is_there(self) -> int:
+        """Take what is in the pipe at this moment, however much that is."""
+        import fcntl
+
+        (left,) = _INT32.unpack(fcntl.ioctl(self.descriptor, FIONREAD, bytes(4)))
+        taken = 0
+        while not self.ended and taken < left:
+            taken += self.take(left - taken)
+        return taken
+
+    def finish(self) -> None:
+        """What is a line's beginning is a line now."""
+        self._put(b'', final=True)
 
 
-class _Supervisor:
-    """Runs one script in its workspace and sees it through: a single-threaded process's life."""
+class Supervisor:
+    """Sees one script through, from its turn at the isolation mutex to its result: the life of a
+    single-threaded process.
+    """
 
     _LAST_RESORT = 5.0  # seconds of SIGKILL: who is stuck in the kernel then is given up
-    _LAST_WORDS = 0.3  # seconds for what a script's pipes still carry at its end, as with `>(tee)`
+    _LAST_WORDS = 0.3  # seconds for what is still written at a script's end, as with `>(tee)`,
+    _LAST_BYTES = 1 << 20  # and so much of it: a child may write for ever
 
     def __init__(self, prctl: Callable[..., Any]):
         """What can be done before the request is known; nothing that it would cost time later."""
-        os.setsid()
         prctl(PR_SET_CHILD_SUBREAPER, 1, 0, 0, 0)  # descendants of any session come back to us
-        self._selector = selectors.DefaultSelector()
+        self._poll = select.poll()
+        self._handlers: Dict[int, Callable[[], Any]] = {}
         reader, writer = os.pipe()
         for end in (reader, writer):
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
+        signal.set_wakeup_fd(writer)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
-        self._selector.register(reader, selectors.EVENT_READ, self._on_child)
-        self._process: Any = None  # subprocess.Popen; reaped at the very end
+        self._register(reader, lambda: self._on_child(reader))
+        self._script = 0  # its process id; reaped at the very end
         self._exit_code: Optional[int] = None
         self._cancelled_at: Optional[float] = None
         self._reaped = False
         self._killing = False
-        self._grace = 0.0
 
-    def run(self, request: Dict[str, Any], lock: int) -> None:
-        """See the script of a request through; `lock` is let go when its result is there."""
-        workspace = Workspace(request['work'], request['ticket'])
-        log = LogWriter(workspace.log_path)
-        self._grace = request['grace']
-        control = os.open(workspace.inner('control'), os.O_RDWR | os.O_NONBLOCK)
-        self._selector.register(control, selectors.EVENT_READ, self._on_control)
-        if not workspace.turn_up('started'):
-            return  # somebody has been here: never a second time
-        if workspace.has('cancel'):
-            exit_code = CANCELED_EXIT_CODE
-        else:
-            exit_code = self._run_script(request, workspace, log)
-        text = 'Process %s in %s exited with code %d'
-        log.append(DEBUG, [text % (request['command'][0], workspace.path, exit_code)])
-        workspace.write_result(exit_code, log.lost)
-        os.close(lock)
+    def _register(self, descriptor: int, handler: Callable[[], Any]) -> None:
+        self._handlers[descriptor] = handler
+        self._poll.register(descriptor, select.POLLIN)
 
-    def _run_script(self, request: Dict[str, Any], workspace: Workspace, log: LogWriter) -> int:
-        import subprocess
+    def take(self, order: Dict[str, Any]) -> bool:
+        """Take a script in hand; False when another has it, or it is gone."""
+        import fcntl
 
+        self._order = order
+        self._folder = ScriptFolder(order['scripts'], order['ticket'])
+        self._workspace = os.path.join(order['work'], order['ticket'])
         try:
-            process = self._process = subprocess.Popen(
-                request['command'],
-                cwd=workspace.path,
-                env=request['environment'],
-                stdin=subprocess.DEVNULL,
-                stdout=subprocess.PIPE,
-                stderr=subprocess.PIPE,
-                start_new_session=True,
-            )
-        except (OSError, ValueError) as error:
-            log.append(STDERR, ['The script could not be run: %s' % error])
-            return FATAL_EXIT_CODE
-        pumps = [
-            _Pump(process.stdout, STDOUT, log, request['line_limit']),
-            _Pump(process.stderr, STDERR, log, request['line_limit']),
+            self._alive = self._folder.hold()
+            self._lock = os.open(self._folder.inner('request'), os.O_RDWR | os.O_CLOEXEC)
+            fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            # Read by this descriptor: closing another one of the file would give the lock back.
+            self._request = json.loads(os.pread(self._lock, LIMITS.request_bytes, 0).decode())
+            return not self._folder.has('result')
+        except (OSError, ValueError):
+            return False
+
+    def run(self) -> None:
+        """See the script through, to its result."""
+        log = LogWriter(self._folder.inner('log'), self._order['log_bytes'])
+        try:
+            exit_code, last = self._wait_and_run(log)
+        except Exception as error:
+            self._end_all()
+            text = 'The supervisor of the script failed: %s: %s' % (type(error).__name__, error)
+            exit_code, last = UNKNOWN_RESULT_EXIT_CODE, [(STDERR, text)]
+        self._write_result(exit_code, log.close() + last)
+
+    def _write_result(self, exit_code: int, lines: List[Tuple[int, str]]) -> None:
+        try:
+            self._folder.write_result(exit_code, lines)
+        except FileNotFoundError:
+            # Somebody removed the folder: it was completed, or the script's end is to be known.
+            if completed_exit_code(self._order['scripts'], self._folder.ticket) is None:
+                os.makedirs(self._folder.path, mode=0o700)
+                self._folder.write_result(exit_code, lines)
+
+    def _wait_and_run(self, log: LogWriter) -> Tuple[int, List[Tuple[int, str]]]:
+        request = self._request
+        path = os.path.join(self._order['scripts'], '.mutex')
+        mutex = IsolationMutex(path, request['mutex_name'], self._alive)
+        is_full = request['isolation'] == FULL_ISOLATION
+        waited_for: List[str] = []
+
+        def say_who_holds_it() -> None:
+            waited_for.extend(self._holders())
+            text = waiting_text(waited_for, request['task_id'], is_full)
+            log.say(STDOUT, '##octopus[stdout-wait]', text, '##octopus[stdout-default]')
+            self._have_cancels_signalled()
+
+        limit = request['mutex_timeout'] or float('inf')
+        if not mutex.acquire(is_full, limit, self._is_cancelled, say_who_holds_it):
+            if self._folder.claim_start():
+                return self._end_of_wait(waited_for)
+            os._exit(0)  # whoever has it says how it ends
+        for folder in self._others():
+            if folder.has('started') and not folder.is_alive() and folder.result() is None:
+                folder.bury()
+        if not self._folder.claim_start():
+            os._exit(0)
+        if self._is_cancelled():
+            return self._end_of_wait([])
+        return self._run_script(log)
+
+    def _others(self) -> List[ScriptFolder]:
+        """The scripts of our mutex that have not ended."""
+        found = []
+        for folder in ticket_folders(self._order['scripts']):
+            with contextlib.suppress(OSError, ValueError, AttributeError):
+                if folder.ticket != self._folder.ticket and not folder.has('result'):
+                    if folder.request().get('mutex_name') == self._request['mutex_name']:
+                        found.append(folder)
+        return found
+
+    def _holders(self) -> List[str]:
+        """The tasks of the scripts that have our mutex; of those that wait, where none has it yet."""
+        others = [folder for folder in self._others() if folder.is_alive()]
+        others = [folder for folder in others if folder.has('started')] or others[:1]
+        with contextlib.suppress(OSError, ValueError, KeyError):
+            return sorted({printable(folder.request()['task_id']) for folder in others})
+        return []
+
+    def _have_cancels_signalled(self) -> None:
+        """A byte that comes in `alive` is a SIGIO, which ends a wait for the mutex."""
+        import fcntl
+
+        with contextlib.suppress(OSError, AttributeError):  # else it is seen at the next step
+            fcntl.fcntl(self._alive, fcntl.F_SETOWN, os.getpid())
+            flags = fcntl.fcntl(self._alive, fcntl.F_GETFL)
+            fcntl.fcntl(self._alive, fcntl.F_SETFL, flags | os.O_ASYNC)
+
+    def _is_cancelled(self) -> bool:
+        return bool(select.select([self._alive], [], [], 0)[0])
+
+    def _end_of_wait(self, waited_for: Sequence[str]) -> Tuple[int, List[Tuple[int, str]]]:
+        if self._is_cancelled():
+            code, text = CANCELED_WAITING_EXIT_CODE, 'was canceled before it could start.'
+            last = 'Script execution canceled.'
+        else:
+            minutes = self._request['mutex_timeout'] // 60
+            code, text = TIMED_OUT_EXIT_CODE, 'waited more than %d minutes and timed out.' % minutes
+            last = 'Script execution timed out.'
+        text = 'This task %s%s' % (text, still_running_text(waited_for))
+        return code, [(STDOUT, text), (STDOUT, last)]
+
+    # -- the script's process
+
+    def _run_script(self, log: LogWriter) -> Tuple[int, List[Tuple[int, str]]]:
+        shell = find_shell()
+        texts = [
+            'Executable directory is ' + os.path.dirname(shell),
+            'Executable name or full path: ' + shell,
+            "Starting %s in working directory '%s' using 'Unicode (UTF-8)' encoding running as '%s'"
+            % (shell, self._workspace, user_name()),
         ]
+        if shell != '/bin/bash':
+            texts.append('There is no /bin/bash on this host: the script runs under ' + shell)
+        log.say(DEBUG, *texts)
+        ends = [os.pipe(), os.pipe()]
+        command = [shell, os.path.join(self._workspace, BOOTSTRAP)]
+        command += split_arguments(self._request['arguments'])
+        error = self._spawn(command, [writer for _, writer in ends])
+        if error:
+            return FATAL_EXIT_CODE, [(STDERR, 'The script could not be run: ' + error)]
+        line_limit = self._order['line_limit']
+        pumps = [_Pump(ends[i][0], source, log, line_limit) for i, source in enumerate((0, 1))]
         for pump in pumps:
-            self._selector.register(pump.pipe, selectors.EVENT_READ, pump)
+            self._register(pump.descriptor, pump.take)
+        self._register(self._alive, self._on_cancel)
         self._follow()
         self._hear_last_words(pumps)
-        open_pumps = [pump for pump in pumps if not pump.finish()]
-        self._has_children()
-        process.returncode = self._exit_code  # reaped: nothing is left to do for `subprocess`
-        if open_pumps and self._cancelled_at is None:
-            text = (
-                'The script has left processes behind that hold its output; what they write from '
-            )
-            log.append(STDERR, [text + 'now on is not shown'])
-        return CANCELED_EXIT_CODE if self._cancelled_at is not None else self._exit_code or 0
+        code = CANCELED_EXIT_CODE if self._cancelled_at is not None else self._exit_code or 0
+        last = (DEBUG, 'Process %s in %s exited with code %d' % (shell, self._workspace, code))
+        if self._cancelled_at is not None and self._has_children():
+            text = 'Processes of the script could not be ended, and may still run'
+            return code, [(STDERR, text), last]
+        if not all(pump.ended for pump in pumps) and self._cancelled_at is None:
+            log.say(DEBUG, 'A process that the script left behind holds its output: what comes from '
+                    'now on is not shown')
+        return code, [last]
+
+    def _spawn(self, command: List[str], outputs: List[int]) -> str:
+        """Make the script's process, which names its session in `started` before anything of the
+        script runs. What went wrong, or ''.
+        """
+        started = os.open(self._folder.inner('started'), os.O_WRONLY | os.O_CLOEXEC)
+        failure, failed = os.pipe()
+        before = change_oom_score(b'-500')
+        self._script = os.fork()
+        if self._script == 0:
+            try:
+                os.setsid()
+                os.write(started, session_facts(os.getpid()))
+                if before is not None:
+                    change_oom_score(before)
+                for number in (signal.SIGPIPE, signal.SIGXFSZ):
+                    signal.signal(number, signal.SIG_DFL)
+                for descriptor, output in enumerate(outputs, 1):
+                    os.dup2(output, descriptor)
+                os.chdir(self._workspace)
+                environment = dict(self._order['environment'])
+                environment['TentacleScriptTicket'] = self._folder.ticket  # see `end_session`
+                os.execve(command[0], command, environment)
+            except BaseException as error:
+                os.write(failed, str(error).encode('utf-8', 'replace'))
+            finally:
+                os._exit(127)
+        for descriptor in outputs + [started, failed]:
+            os.close(descriptor)
+        with open(failure, 'rb') as file:
+            return file.read().decode()
 
     def _follow(self) -> None:
         """Wait for the script's end; for that of all its descendants, when it was cancelled."""
@@ -4030,25 +4680,30 @@ class _Supervisor:
 
     def _step(self, seconds: Optional[float]) -> None:
         """Wait for something to happen, no longer than that, and deal with it."""
-        for key, _ in self._selector.select(seconds):
-            if key.data(key.fd) is False:
-                self._selector.unregister(key.fileobj)
+        for descriptor, _ in self._poll.poll(None if seconds is None else seconds * 1000):
+            if self._handlers[descriptor]() == 0:
+                self._poll.unregister(descriptor)
 
     def _hear_last_words(self, pumps: List[_Pump]) -> None:
-        """Let those who still hold the pipes finish what they say, if they do so at once."""
+        """What is in the pipes, and what those who still hold them write at once."""
+        for pump in pumps:
+            pump.take_what_is_there()
         until = time.monotonic() + self._LAST_WORDS
-        steps = 0
-        while self._cancelled_at is None and not all(pump.ended for pump in pumps):
+        taken = 0
+        while self._cancelled_at is None and taken < self._LAST_BYTES:
             left = until - time.monotonic()
-            if left <= 0 or steps >= _MOST_LAST_STEPS:
-                return
-            steps += 1
+            if left <= 0 or all(pump.ended for pump in pumps):
+                break
             self._step(left)
+            taken += _PIPE_STEP
+        for pump in pumps:
+            if not pump.ended:
+                pump.finish()
 
     def _is_over(self) -> bool:
         if self._cancelled_at is None:
             return self._exit_code is not None
-        if time.monotonic() > self._cancelled_at + self._grace + self._LAST_RESORT:
+        if time.monotonic() > self._cancelled_at + self._order['grace'] + self._LAST_RESORT:
             return True
         return self._exit_code is not None and not self._has_children()
 
@@ -4069,13 +4724,17 @@ class _Supervisor:
             return None
         if self._killing:
             return 0.02
-        return max(self._cancelled_at + self._grace - time.monotonic(), 0)
+        return max(self._cancelled_at + self._order['grace'] - time.monotonic(), 0)
 
     def _press_on(self) -> None:
         """SIGKILL to what has not ended in its time of grace, until nothing is left."""
-        if self._cancelled_at is None or time.monotonic() < self._cancelled_at + self._grace:
+        if self._cancelled_at is None:
             return
-        self._killing = True
+        if time.monotonic() >= self._cancelled_at + self._order['grace']:
+            self._killing = True
+            self._end_all()
+
+    def _end_all(self) -> None:
         until = time.monotonic() + 0.1
         while self._signal_all(signal.SIGKILL) and time.monotonic() < until:
             pass  # what is forked meanwhile is killed in the next round
@@ -4084,8 +4743,8 @@ class _Supervisor:
         """Signal the script's group and all descendants; how many these were."""
         found = descendants(os.getpid())
         targets = [(os.kill, pid) for pid in found]
-        if not self._reaped:
-            targets.insert(0, (os.killpg, self._process.pid))
+        if self._script and not self._reaped:
+            targets.insert(0, (os.killpg, self._script))
         for send, pid in targets:
             try:
                 send(pid, number)
@@ -4093,8 +4752,8 @@ class _Supervisor:
                 pass  # it has just ended; or runs as another user, and is out of our reach
         return len(found)
 
-    def _on_control(self, descriptor: int) -> None:
-        os.read(descriptor, 4096)
+    def _on_cancel(self) -> None:
+        os.read(self._alive, 4096)
         if self._cancelled_at is None:
             self._cancelled_at = time.monotonic()
             self._signal_all(signal.SIGTERM)
@@ -4109,7 +4768,7 @@ class _Supervisor:
                 return
             if ended is None:
                 return
-            if ended.si_pid != self._process.pid:
+            if ended.si_pid != self._script:
                 os.waitpid(ended.si_pid, 0)
             elif ended.si_code == os.CLD_EXITED:
                 self._exit_code = ended.si_status
@@ -4120,51 +4779,35 @@ class _Supervisor:
 # -- the launcher, a process that forks the supervisors
 
 
-def _receive_request(channel: socket.socket) -> Tuple[bytes, List[int]]:
-    """(a line without its end, b'' when the agent is gone; the descriptors that came with it)"""
-    parts: List[bytes] = []
-    descriptors = array('i')
-    while not parts or not parts[-1].endswith(b'\n'):
-        data, ancillary, _, _ = channel.recvmsg(1 << 16, socket.CMSG_SPACE(descriptors.itemsize))
-        for level, kind, content in ancillary:
-            if level == socket.SOL_SOCKET and kind == socket.SCM_RIGHTS:
-                descriptors.frombytes(content[: len(content) - len(content) % descriptors.itemsize])
-        if not data:
-            return b'', list(descriptors)
-        parts.append(data)
-    return b''.join(parts), list(descriptors)
-
-
 def _be_supervisor(channel: socket.socket, note: int, prctl: Callable[..., Any]) -> None:
-    """The forked process: take a request, say so through `note`, and serve it; never returns."""
+    """The forked process: take an order, say so through `note`, and see to it; never returns."""
     try:
-        supervisor = _Supervisor(prctl)
-        line, descriptors = _receive_request(channel)
-        if line:
-            os.write(note, b't')
-            os.close(note)
-            channel.close()
-            os.dup2(1, 2)  # who reads the agent's stderr to its end waits for no script
-            request = json.loads(line.decode())
-            try:
-                supervisor.run(request, descriptors[0])
-            except Exception as error:
-                with open(
-                    Workspace(request['work'], request['ticket']).inner('failure'), 'w'
-                ) as file:
-                    file.write('%s: %s' % (type(error).__name__, error))
+        supervisor = Supervisor(prctl)
+        line = channel.makefile('rb').readline()
+        if not line:
+            return
+        os.setsid()  # until then it is one of the launcher's group, which is given up as a whole
+        order = json.loads(line.decode())
+        is_ours = supervisor.take(order)
+        os.write(note, b't')
+        os.close(note)
+        channel.close()
+        os.dup2(1, 2)  # who reads the agent's stderr to its end waits for no script
+        if is_ours:
+            set_title('tentacle.py script ' + order['ticket'])
+            supervisor.run()
     finally:
         os._exit(0)
 
 
 def run_launcher(channel: socket.socket) -> None:
-    """The launcher's life: keep a supervisor in waiting, and answer with a line when it has taken a
-    request (a line of JSON, with the workspace's lock as a descriptor); until the agent is gone.
+    """The launcher's life: keep a supervisor in waiting, and answer with a byte when it has taken
+    an order (a line of JSON); until the agent is gone.
 
     It is single-threaded, so that forking is sound, and forks ahead, so that nobody waits for it.
     """
+    import fcntl  # noqa: F401 - loaded here once, for all supervisors
     import gc
-    import subprocess  # noqa: F401 - loaded here once, for all supervisors
 
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP, signal.SIGQUIT, signal.SIGPIPE):
         signal.signal(number, signal.SIG_DFL)  # nohup and cron ignore some: scripts shall not
@@ -4172,7 +4815,7 @@ def run_launcher(channel: socket.socket) -> None:
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors that end need no reaping
     prctl = find_prctl()
     gc.collect()
-    gc.freeze()  # the supervisors share these pages as long as nobody writes to them
+    getattr(gc, 'freeze', int)()  # the supervisors share these pages as long as nobody writes them
     while True:
         reader, writer = os.pipe()
         if os.fork() == 0:
@@ -4183,65 +4826,80 @@ def run_launcher(channel: socket.socket) -> None:
         os.close(reader)
         if not taken:
             return  # the agent is gone; or the supervisor, and the agent must know what it had
-        channel.sendall(b'taken\n')
+        channel.sendall(taken)
 
 
 class Launcher:
     """The agent's end of a launcher process, which is started when it is first needed, and again
     when it is gone. Any thread may call.
+
+    It runs the agent's own code, whatever is on the disk by then. `descriptors` is the soft limit
+    that scripts get, None for the agent's.
     """
 
-    def __init__(self) -> None:
+    _ATTEMPTS = 3
+
+    def __init__(self, descriptors: Optional[int] = None, limits: Limits = LIMITS):
+        self._descriptors = descriptors
+        self._limits = limits
         self._lock = threading.Lock()
         self._process: Any = None  # subprocess.Popen
         self._channel: Optional[socket.socket] = None
 
-    def launch(self, request: Dict[str, Any], lock: int) -> None:
-        """Have a supervisor take a request and a workspace's lock; our own hold on it is let go.
-
-        Raises OSError when no launcher can be started. When one died over this, nobody knows yet
-        whether a supervisor had the request: who gets the lock next will see.
+    def launch(self, order: Dict[str, Any]) -> None:
+        """Have a supervisor take an order. Raises OSError when none does; one may have taken it all
+        the same, and a second one that gets it leaves.
         """
-        try:
+        line = json.dumps(order).encode() + b'\n'
+        for attempt in range(self._ATTEMPTS):
             with self._lock:
-                if self._channel is None:
-                    self._start()
                 try:
-                    self._ask(json.dumps(request).encode() + b'\n', lock)
+                    if self._channel is None:
+                        self._start()
+                    self._ask(line)
+                    return
                 except OSError as error:
-                    logger.warning('The launcher is gone (%s)', error)
                     self._discard()
-        finally:
-            os.close(lock)
+                    if attempt == self._ATTEMPTS - 1 or error.errno in _STARVED:
+                        raise
+                    logger.warning('The launcher is gone (%s)', error)
 
-    def _ask(self, line: bytes, lock: int) -> None:
+    def _ask(self, line: bytes) -> None:
         channel = self._channel
         assert channel is not None
-        rights = array('i', [lock]).tobytes()
-        sent = channel.sendmsg([line], [(socket.SOL_SOCKET, socket.SCM_RIGHTS, rights)])
-        channel.sendall(line[sent:])
-        if channel.recv(100) != b'taken\n':
+        channel.settimeout(self._limits.launch)
+        channel.sendall(line)
+        if channel.recv(1) != b't':
             raise ConnectionResetError(errno.ECONNRESET, 'it left without an answer')
 
     def _start(self) -> None:
         import subprocess
 
         ours, theirs = socket.socketpair()
-        with theirs:
-            self._process = subprocess.Popen(
-                module_command('_launcher'),
-                stdin=theirs,
-                stdout=subprocess.DEVNULL,
-                start_new_session=True,
-            )
+        try:
+            with theirs, open(code_descriptor(), 'rb', buffering=0) as code:
+                self._process = subprocess.Popen(
+                    code_command(code.fileno(), '_launcher', str(self._descriptors or '')),
+                    stdin=theirs,
+                    stdout=subprocess.DEVNULL,
+                    pass_fds=[code.fileno()],
+                    start_new_session=True,
+                )
+        except BaseException:
+            ours.close()
+            raise
         self._channel = ours
 
     def _discard(self) -> None:
-        """Let the launcher go; supervisors are not touched."""
+        """Let the launcher and the supervisor in waiting go, should they hang by SIGKILL; those
+        that have a script are not of its group.
+        """
         if self._channel is not None:
             self._channel.close()
             self._channel = None
         if self._process is not None:
+            with contextlib.suppress(OSError):
+                os.killpg(self._process.pid, signal.SIGKILL)
             self._process.wait()
             self._process = None
 
@@ -4250,491 +4908,414 @@ class Launcher:
             self._discard()
 
 
-# -- the isolation mutex
+# -- completed tickets
 
 
-class ScriptIsolationMutex:
-    """Reader-writer locks by name: a script of full isolation is a writer. Any thread may call.
-
-    Fair: who came first goes first, so a waiting writer is not starved by new readers. `holders`
-    and waiters are scripts with `spec`, and are told through `launch` and `tell_waiting`, outside
-    the lock.
-    """
-
-    def __init__(self) -> None:
-        self._lock = threading.Lock()
-        self._holders: Dict[str, List[Any]] = {}
-        self._queues: Dict[str, List[Any]] = {}
-
-    def hold(self, script: Any) -> None:
-        """Note a script that runs already, after a restart of the agent."""
-        with self._lock:
-            self._holders.setdefault(script.spec.mutex_name, []).append(script)
-
-    def enter(self, script: Any) -> None:
-        """Queue a script; it is launched now or when its turn comes."""
-        with self._lock:
-            self._queues.setdefault(script.spec.mutex_name, []).append(script)
-        self._move(script.spec.mutex_name)
-
-    def withdraw(self, script: Any) -> bool:
-        """Take a waiting script out of its queue; False when it waits no more."""
-        name = script.spec.mutex_name
-        with self._lock:
-            queue = self._queues.get(name, [])
-            if script not in queue:
-                return False
-            queue.remove(script)
-        self._move(name)
-        return True
-
-    def leave(self, script: Any) -> None:
-        """A script that held it has ended."""
-        name = script.spec.mutex_name
-        with self._lock:
-            holders = self._holders.get(name, [])
-            if script in holders:
-                holders.remove(script)
-        self._move(name)
-
-    def _move(self, name: str) -> None:
-        """Grant what can be granted, and tell those who wait for whom they do."""
-        with self._lock:
-            holders = self._holders.setdefault(name, [])
-            queue = self._queues.setdefault(name, [])
-            granted = []
-            while queue and self._is_free_for(queue[0], holders):
-                granted.append(queue.pop(0))
-                holders.append(granted[-1])
-            waiting = [
-                (script, [holder.spec.task_id for holder in holders] or [queue[0].spec.task_id])
-                for script in queue
-            ]
-            if not holders:
-                del self._holders[name], self._queues[name]
-        for script in granted:
-            script.launch()
-        for script, tasks in waiting:
-            script.tell_waiting(tasks)
-
-    @staticmethod
-    def _is_free_for(script: Any, holders: List[Any]) -> bool:
-        if script.spec.isolation == FULL_ISOLATION:
-            return not holders
-        return all(holder.spec.isolation != FULL_ISOLATION for holder in holders)
+def _completed_folder(scripts: str) -> str:
+    return os.path.join(scripts, '.completed')
 
 
-# -- the agent's view of a script
-
-
-class RunningScript:
-    """One script from its preparation to its completion. Any thread may call.
-
-    States: being prepared, waiting for the mutex (pending), launched (running), ended (complete).
-    """
-
-    _MOST_LAUNCHES = 10  # a launcher that dies ahead of the script's start is replaced so often
-
-    def __init__(self, spec: ScriptSpec, workspace: Workspace, runner: Any):
-        self.spec = spec
-        self.workspace = workspace
-        self.log = ScriptLog(workspace.log_path, runner.limits)
-        self.prepared = threading.Event()
-        self.failure: Optional[Exception] = None  # of the preparation
-        self._runner = runner
-        self._lock = threading.Lock()
-        self._launched = False
-        self._launches = 0
-        self._exit_code = 0
-        self._ended = threading.Event()
-        self._ended_at = 0.0
-        self._hold: Optional[int] = None  # the workspace's lock, while it is ours
-        self._told: List[str] = []  # the tasks that the log says we wait for
-        self._timer: Optional[threading.Timer] = None
-
-    # -- for the services
-
-    def wait(self, seconds: float) -> bool:
-        """Wait for the end, no longer than that; whether it has come."""
-        return self._ended.wait(seconds)
-
-    def ended_since(self) -> float:
-        """Seconds since its end; 0 while it runs, infinity when an earlier agent saw it end."""
-        return time.monotonic() - self._ended_at if self._ended.is_set() else 0.0
-
-    @property
-    def is_pending(self) -> bool:
-        return not self._launched and not self._ended.is_set()
-
-    def state_and_exit_code(self) -> Tuple[int, int]:
-        if self._ended.is_set():
-            return COMPLETE, self._exit_code
-        return (PENDING if self.is_pending else RUNNING), 0
-
-    def cancel(self) -> None:
-        """End it: out of the queue, or by signals; returns at once."""
-        self.prepared.wait()
-        if self._ended.is_set() or self.failure is not None:
-            return
-        audit('script-cancelled', ticket=self.spec.ticket)
-        if self._runner.mutex.withdraw(self):
-            self._end_waiting(
-                CANCELED_WAITING_EXIT_CODE, 'The script was cancelled before it started'
-            )
-        else:
-            self.workspace.ask_to_cancel()
-
-    def facts(self) -> Dict[str, Any]:
-        """What the audit log says of it."""
-        return {
-            'thumbprint': self.spec.by,
-            'ticket': self.spec.ticket,
-            'task': printable(self.spec.task_id),
-            'sha256': self.spec.sha256,
-        }
-
-    # -- its life, in the order of its steps
-
-    def prepare(self) -> None:
-        """Write the workspace. Raises ServiceError, OSError."""
-        self.workspace.create()
-        try:
-            self._hold = self.workspace.lock()
-            isolation = 'FullIsolation' if self.spec.isolation == FULL_ISOLATION else 'NoIsolation'
-            text = 'Acquiring isolation mutex %s with %s in %s'
-            text %= (self.spec.mutex_name, isolation, self.spec.task_id)
-            self.write_log(STDOUT, ['##octopus[stdout-verbose]', text, '##octopus[stdout-default]'])
-            self.workspace.write(self.spec)
-        except BaseException:
-            self._let_go()
-            self.workspace.delete()
-            raise
-
-    def write_log(self, source: int, texts: List[str]) -> None:
-        """Log lines of our own, cut like a script's, while no supervisor does. Never raises."""
-        limit = self._runner.limits.log_line
-        try:
-            writer = LogWriter(self.workspace.log_path)
-            writer.append(source, [printable(text, limit) for text in texts])
-            writer.close()
-        except OSError as error:
-            logger.warning('The log of script %s can not be written: %s', self.spec.ticket, error)
-
-    def start_timer(self, deadline: Optional[float]) -> None:
-        """Have a wait for the mutex end at a moment of `time.time`; None = never."""
-        if deadline is not None and self.is_pending:
-            timer = threading.Timer(max(deadline - time.time(), 0), self._time_out)
-            timer.name, timer.daemon = 'mutex ' + self.spec.ticket, True
-            with self._lock:
-                if self.is_pending:
-                    self._timer = timer
-                    timer.start()
-
-    def tell_waiting(self, tasks: List[str]) -> None:
-        """Say in the log which tasks we wait for, when it is others than it said before."""
-        with self._lock:
-            if not self.is_pending or tasks == self._told:
-                return
-            self._told = tasks
-            text = (
-                'Waiting for %s to end: this script and %s use the isolation mutex %s, and may not '
-                'run at the same time'
-            )
-            text %= (', '.join(tasks), 'that' if len(tasks) == 1 else 'those', self.spec.mutex_name)
-            self.write_log(STDOUT, ['##octopus[stdout-wait]', text, '##octopus[stdout-default]'])
-
-    def launch(self) -> None:
-        """It is our turn: hand over to a supervisor. Never raises."""
-        with self._lock:
-            self._launched = True
-            self._stop_timer()
-        self._launches += 1
-        try:
-            if self._launches > self._MOST_LAUNCHES:
-                raise OSError(errno.ECHILD, 'every launcher dies')
-            request = self._runner.request_for(self)
-            self._runner.launcher.launch(request, self._take_hold())
-        except Exception as error:
-            logger.error('Script %s could not be started: %s', self.spec.ticket, error)
-            self._end_unstarted(FATAL_EXIT_CODE, 'The script could not be started: %s' % error)
-            self._runner.mutex.leave(self)
-            return
-        self.watch()
-
-    def watch(self) -> None:
-        """Have a thread wait for the supervisor's end."""
-        self._launched = True
-        start_thread('script ' + self.spec.ticket, self._await_end)
-
-    def _await_end(self) -> None:
-        try:
-            hold = self.workspace.lock(wait=True)
-        except OSError:
-            hold = None  # the workspace was taken away: nothing more will be known
-        result = self.workspace.result()
-        if hold is not None and result is None and not self.workspace.has('started'):
-            self.hold(hold)  # it never ran: launcher or supervisor died ahead of that
-            self.launch()
-            return
-        if result is None:
-            result = UNKNOWN_RESULT_EXIT_CODE, 0
-            text = 'The result of the script is unknown: its supervisor is gone'
-            with contextlib.suppress(OSError, ValueError):
-                with open(self.workspace.inner('failure'), encoding='utf-8') as file:
-                    text += ' (%s)' % printable(file.read(1000))
-            self.write_log(STDERR, [text])
-            self._write_result(UNKNOWN_RESULT_EXIT_CODE)
-        if hold is not None:
-            os.close(hold)
-        self.end_as_found(*result)
-        logger.info('Script %s ended with exit code %d', self.spec.ticket, result[0])
-        self._runner.mutex.leave(self)
-
-    def _time_out(self) -> None:
-        if self._runner.mutex.withdraw(self):
-            text = 'The script waited %g s for the isolation mutex %s, as long as it may'
-            text %= (self.spec.mutex_timeout, self.spec.mutex_name)
-            self._end_waiting(TIMED_OUT_EXIT_CODE, text)
-
-    def _end_waiting(self, exit_code: int, text: str) -> None:
-        holder = '; %s still runs' % ', '.join(self._told) if self._told else ''
-        self._end_unstarted(exit_code, text + holder)
-        logger.info('Script %s ended with exit code %d', self.spec.ticket, exit_code)
-
-    def _end_unstarted(self, exit_code: int, text: str) -> None:
-        """An end without a start, that is known to the next agent too. Never raises."""
-        with self._lock:
-            self._stop_timer()
-        self.write_log(STDOUT, [text])
-        self._write_result(exit_code)
-        self._let_go()
-        self.end_as_found(exit_code)
-
-    def _write_result(self, exit_code: int) -> None:
-        try:
-            self.workspace.write_result(exit_code)
-        except OSError as error:
-            logger.error('The result of script %s can not be kept: %s', self.spec.ticket, error)
-
-    def end_as_found(self, exit_code: int, lost: int = 0, before_us: bool = False) -> None:
-        """It has ended, with lines lost at the end of its log."""
-        if lost:
-            self.log.last = [LogEntry(STDERR, int(time.time() * 1000), lines_were_lost(lost))]
-        self._exit_code = exit_code
-        self._ended_at = float('-inf') if before_us else time.monotonic()
-        if not before_us:
-            audit('script-ended', exit_code=exit_code, **self.facts())
-        self._ended.set()
-
-    def hold(self, descriptor: int) -> None:
-        """Keep the workspace's lock until the launch."""
-        self._hold = descriptor
-
-    def _take_hold(self) -> int:
-        descriptor, self._hold = self._hold, None
-        assert descriptor is not None
-        return descriptor
-
-    def _let_go(self) -> None:
-        if self._hold is not None:
-            os.close(self._take_hold())
-
-    def _stop_timer(self) -> None:
-        if self._timer is not None:
-            self._timer.cancel()
-            self._timer = None
-
-
-def _subfolders(folder: str) -> List[str]:
-    """The names of the real folders in a folder; none where it is not there."""
-    try:
-        with os.scandir(folder) as entries:
-            return [entry.name for entry in entries if entry.is_dir(follow_symlinks=False)]
-    except OSError:
-        return []
-
-
-def _seconds_since_last_word(workspace: Workspace) -> Optional[float]:
-    """By the last write of the log, or else of the script; None for what is no workspace."""
-    for path in (workspace.log_path, workspace.bootstrap):
-        try:
-            return time.time() - os.lstat(path).st_mtime
-        except OSError:
-            continue
+def completed_exit_code(scripts: str, ticket: str) -> Optional[int]:
+    """The exit code of a completed ticket that is still remembered. Raises OSError."""
+    folder = _completed_folder(scripts)
+    with contextlib.suppress(FileNotFoundError):
+        for hour in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                return int(os.readlink(os.path.join(folder, hour, ticket)).split()[0])
     return None
 
 
-class ScriptRunner:
-    """The scripts of one agent by ticket, for every service that runs scripts. Any thread may call.
+def remember_completed(scripts: str, ticket: str, exit_code: int) -> None:
+    """Atomic, and nothing is opened: a link whose target is exit code and time. Raises OSError."""
+    now = time.time()
+    folder = os.path.join(_completed_folder(scripts), '%010d' % (now // 3600))
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.symlink('%d %d' % (exit_code, now), os.path.join(folder, ticket))
 
-    `environment` gives a script's environment at its start.
+
+def forget_completed(scripts: str, limits: Limits = LIMITS) -> None:
+    """Forget what was completed a day ago, and the oldest hours beyond a count. Raises OSError."""
+    folder = _completed_folder(scripts)
+    with contextlib.suppress(FileNotFoundError):
+        hours = sorted(name for name in os.listdir(folder) if name.isdigit())
+        counts = {hour: len(os.listdir(os.path.join(folder, hour))) for hour in hours}
+        total = sum(counts.values())
+        for hour in hours:
+            is_old = int(hour) * 3600 < time.time() - limits.remembered - 3600
+            if total > limits.remembered_tickets:
+                logger.warning(
+                    'More than %d scripts were completed within a day: the %d oldest are forgotten',
+                    limits.remembered_tickets,
+                    counts[hour],
+                )
+            elif not is_old:
+                return
+            total -= counts[hour]
+            remove_folder(os.path.join(folder, hour))
+
+
+# -- the agent's view
+
+
+class ScriptStatus(NamedTuple):
+    state: int  # PENDING, RUNNING or COMPLETE
+    exit_code: int
+    tail: bytes = b''  # the entries behind the log
+
+
+class Scripts:
+    """The scripts of a home, by ticket, for every service that runs scripts. Any thread may call;
+    other agents may have the same home. Raises OSError where the system has too little of
+    something, and states nothing then.
+
+    `environment` gives a script's environment at its start, `name` that of the agent's record, and
+    `other_agents` those of the others.
     """
 
     def __init__(
-        self, work: str, environment: Callable[[], Dict[str, str]], limits: Limits = LIMITS
+        self,
+        home: str,
+        environment: Callable[[], Dict[str, str]],
+        launcher: Launcher,
+        limits: Limits = LIMITS,
+        name: Callable[[], str] = lambda: '',
+        other_agents: Callable[[], Container[str]] = lambda: (),
     ):
-        self.limits = limits
-        self.mutex = ScriptIsolationMutex()
-        self._work = work
+        self._limits = limits
         self._environment = environment
-        self.launcher = Launcher()
-        self._lock = threading.Lock()
-        self._scripts: Dict[str, RunningScript] = {}
+        self._launcher = launcher
+        self._name = name
+        self._other_agents = other_agents
+        self._work = os.path.join(home, 'Work')
+        self._scripts = os.path.join(home, 'Scripts')
+        self._log = LogReader(limits)
+        self._completed = itertools.count(1)
+        self._told: Set[str] = set()  # folders of which the log says that they can't be removed
+        os.makedirs(self._work, mode=0o700, exist_ok=True)
+        os.makedirs(self._scripts, mode=0o700, exist_ok=True)
 
     # -- for the services
 
-    def start(self, spec: ScriptSpec) -> RunningScript:
-        """Start a script, or find the one that this ticket has started already.
-
-        Raises ServiceError, OSError.
+    def start(self, spec: ScriptSpec) -> None:
+        """Start a script, or leave it at the one that has this ticket already. Raises ServiceError.
         """
-        with self._lock:
-            script = self._scripts.get(spec.ticket)
-            is_new = script is None
-            if script is None:
-                workspace = Workspace(self._work, spec.ticket)
-                script = self._scripts[spec.ticket] = RunningScript(spec, workspace, self)
-        if not is_new:
-            script.prepared.wait()
-            if script.failure is not None:
-                raise script.failure
-            return script
-        try:
-            script.prepare()
-            logger.info('Script %s of %s starts', spec.ticket, printable(spec.task_id))
-            files = [printable(file.name) for file in spec.files]
-            audit('script-started', files=files, **script.facts())
-            self.mutex.enter(script)
-        except Exception as error:
-            script.failure = error
-            with self._lock:
-                self._scripts.pop(spec.ticket, None)
-            raise
-        finally:
-            script.prepared.set()
-        script.start_timer(time.time() + spec.mutex_timeout if spec.mutex_timeout else None)
-        return script
+        deadline = time.monotonic() + self._limits.start_wait
+        while self.status(spec.ticket) is None:
+            hold = self._claim(spec.ticket)
+            if hold is not None:
+                try:
+                    self._begin(spec)
+                finally:
+                    os.close(hold)
+        folder = self._folder(spec.ticket)
+        while folder.is_alive() and not folder.has('request') and time.monotonic() < deadline:
+            time.sleep(0.02)  # another call prepares it
 
-    def find(self, ticket: str) -> Optional[RunningScript]:
-        with self._lock:
-            return self._scripts.get(ticket)
+    def status(self, ticket: str) -> Optional[ScriptStatus]:
+        """How a script stands, which is launched, or ended, where that was left undone; None for a
+        ticket that was never heard of, or more than a day ago.
+        """
+        folder = self._folder(ticket)
+        is_alive = folder.is_alive()  # asked first: who ends wrote a result before
+        result = folder.result()
+        if result is not None:
+            return ScriptStatus(COMPLETE, *result)
+        if is_alive:
+            return ScriptStatus(RUNNING if folder.has('started') else PENDING, 0)
+        if folder.has('started'):
+            folder.bury()
+            logger.warning('Script %s has lost its supervisor', ticket)
+            return ScriptStatus(COMPLETE, *(folder.result() or (UNKNOWN_RESULT_EXIT_CODE, b'')))
+        if folder.has('request'):
+            self._launch_again(folder)
+            return ScriptStatus(PENDING, 0)
+        if folder.has(''):
+            self._discard_unprepared(folder)
+        exit_code = completed_exit_code(self._scripts, ticket)
+        return None if exit_code is None else ScriptStatus(COMPLETE, exit_code)
+
+    def log(self, ticket: str, after: int, tail: bytes) -> Tuple[EncodedArray, int, bool]:
+        """As `LogReader.read`."""
+        return self._log.read(self._folder(ticket).inner('log'), after, tail)
+
+    def wait(self, ticket: str, seconds: float) -> None:
+        """Wait for the end of whoever has a script in hand, no longer than that."""
+        with Liveness(self._folder(ticket).inner('alive')) as liveness:
+            liveness.ended(seconds)
+
+    def cancel(self, ticket: str) -> None:
+        """Have a script that waits or runs end; returns at once."""
+        status = self.status(ticket)
+        if status is not None and status.state != COMPLETE:
+            audit('script-cancelled', ticket=ticket)
+            folder = self._folder(ticket)
+            if not folder.ask_to_cancel() and folder.has('request') and folder.claim_start():
+                text = 'This task was canceled before it could start.'
+                folder.write_result(CANCELED_WAITING_EXIT_CODE, [(STDOUT, text)])
+
+    def complete(self, ticket: str) -> None:
+        """End a script that still runs, remove what there is of it and remember its exit code."""
+        status = self.status(ticket)
+        if status is not None and status.state != COMPLETE:
+            self.cancel(ticket)
+            self.wait(ticket, self._limits.cancelled_script)
+            status = self.status(ticket)
+        folder = self._folder(ticket)
+        if status is None or not folder.has(''):
+            return
+        if status.state != COMPLETE:
+            raise TentacleError('Script %s does not end: it is removed when it has' % ticket)
+        try:
+            facts = self._facts(folder.request())
+        except (OSError, ValueError):
+            facts = {'ticket': ticket}
+        self._remove(os.path.join(self._work, ticket))
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(folder.inner('log'))  # on a full disk, what follows needs its room
+        remember_completed(self._scripts, ticket, status.exit_code)
+        if self._remove(folder.path):
+            logger.info('Script %s ended with exit code %d', ticket, status.exit_code)
+            audit('script-ended', exit_code=status.exit_code, **facts)
+        if next(self._completed) % 1000 == 0:
+            forget_completed(self._scripts, self._limits)
 
     def has_work(self) -> bool:
-        """Whether a script runs or waits, or has ended a short while ago and is not completed."""
-        with self._lock:
-            scripts = list(self._scripts.values())
-        return any(script.ended_since() < self.limits.acknowledge for script in scripts)
+        """Whether a script of no other agent runs or waits, or has ended a short while ago and is
+        not completed.
+        """
+        for folder in ticket_folders(self._scripts):
+            with contextlib.suppress(OSError, ValueError):
+                if folder.has('result'):
+                    age = time.time() - os.lstat(folder.inner('result')).st_mtime
+                    if not -86400 < age < self._limits.acknowledge:
+                        continue
+                if folder.request().get('agent') not in self._other_agents():
+                    return True
+        return False
 
-    def forget(self, script: RunningScript) -> None:
-        """End a script that still runs, and delete its workspace; its ticket may be used anew."""
-        script.cancel()
-        script.wait(self.limits.cancelled_script)
-        with self._lock:
-            if self._scripts.get(script.spec.ticket) is script:
-                script.workspace.delete()
-                del self._scripts[script.spec.ticket]
+    # -- the steps of a start
 
-    # -- for a script
+    def _folder(self, ticket: str) -> ScriptFolder:
+        return ScriptFolder(self._scripts, ticket)
 
-    def request_for(self, script: RunningScript) -> Dict[str, Any]:
-        """What a supervisor needs to know of a script; and the log told how it is run."""
-        shell = find_shell()
-        spec, workspace = script.spec, script.workspace
-        lines = [
-            'Executable directory is ' + os.path.dirname(shell),
-            'Executable name or full path: ' + shell,
-            "Starting %s in working directory '%s' using 'Unicode (UTF-8)' encoding running as '%s'"
-            % (shell, workspace.path, user_name()),
-        ]
-        if shell != '/bin/bash':
-            lines.append('There is no /bin/bash on this host: the script runs under ' + shell)
-            logger.warning(
-                'There is no /bin/bash here: script %s runs under %s', spec.ticket, shell
-            )
-        script.write_log(DEBUG, lines)
+    def _claim(self, ticket: str) -> Optional[int]:
+        """Be the one to prepare a script; what keeps it living meanwhile. None: it has a folder, or
+        had one.
+        """
+        new = ScriptFolder(self._scripts, _NEW + secrets.token_hex(8))
+        hold = new.make()
+        folder = self._folder(ticket)
+        try:
+            os.rename(new.path, folder.path)
+        except OSError as error:
+            os.close(hold)
+            remove_tree(new.path)
+            if error.errno in (errno.ENOTEMPTY, errno.EEXIST):
+                return None
+            raise
+        if completed_exit_code(self._scripts, ticket) is not None:
+            os.close(hold)
+            self._remove(folder.path)
+            return None
+        return hold
+
+    def _begin(self, spec: ScriptSpec) -> None:
+        """Prepare a script that is ours to prepare, and hand it to a supervisor."""
+        folder = self._folder(spec.ticket)
+        try:
+            self._write_workspace(spec)
+            isolation = 'FullIsolation' if spec.isolation == FULL_ISOLATION else 'NoIsolation'
+            text = 'Acquiring isolation mutex %s with %s in %s'
+            text %= (spec.mutex_name, isolation, spec.task_id)
+            log = LogWriter(folder.inner('log'))
+            log.say(STDOUT, '##octopus[stdout-verbose]', text, '##octopus[stdout-default]')
+            log.close()
+            request = dict(spec._replace(body='', files=[])._asdict(), agent=self._name())
+            folder.write_request(request)
+        except BaseException:
+            self._remove(folder.path)
+            raise
+        logger.info('Script %s of %s starts', spec.ticket, printable(spec.task_id))
+        files = [printable(file.name) for file in spec.files]
+        audit('script-started', files=files, **self._facts(request))
+        self._launch(folder)
+
+    @staticmethod
+    def _facts(request: Dict[str, Any]) -> Dict[str, Any]:
+        """What the audit log says of a script."""
         return {
-            'work': self._work,
-            'ticket': spec.ticket,
-            'command': [shell, workspace.bootstrap] + split_arguments(spec.arguments),
-            'environment': self._environment(),
-            'grace': self.limits.cancel_grace,
-            'line_limit': self.limits.log_line,
+            'thumbprint': request['by'],
+            'ticket': request['ticket'],
+            'task': printable(request['task_id']),
+            'sha256': request['sha256'],
         }
 
-    # -- over restarts
-
-    def attach(self) -> None:
-        """Take over the workspaces of an agent before us: those that run, wait or have ended."""
-        waiting = []
-        for name in _subfolders(self._work):
-            if name.startswith(DOOMED):
-                remove_tree(os.path.join(self._work, name))
-            elif _TICKET_PATTERN.match(name):
-                script = self._attach_one(Workspace(self._work, name))
-                if script is not None:
-                    waiting.append(script)
-        for _, script, deadline in sorted(waiting, key=lambda entry: entry[0]):
-            self.mutex.enter(script)
-            script.start_timer(deadline)
-
-    def _attach_one(
-        self, workspace: Workspace
-    ) -> Optional[Tuple[float, RunningScript, Optional[float]]]:
-        """Register a workspace; (created, script, deadline) of a script that still has to start."""
+    def _write_workspace(self, spec: ScriptSpec) -> None:
+        """The script and its files. Raises ServiceError, OSError."""
+        path = os.path.join(self._work, spec.ticket)
+        os.makedirs(self._work, mode=0o700, exist_ok=True)
+        os.mkdir(path, 0o700)
         try:
-            state = workspace.state()
-            spec = ScriptSpec(*[state.get(field) for field in ScriptSpec._fields])
-        except (OSError, ValueError, AttributeError):
-            if os.path.isdir(workspace.inner('')):
-                workspace.delete()  # never made whole: its caller was never told of it
-            return None
-        script = RunningScript(spec, workspace, self)
-        script.prepared.set()
-        self._scripts[spec.ticket] = script
-        result = workspace.result()
-        hold = None if result is not None else workspace.lock()
-        if result is not None:
-            script.end_as_found(*result, before_us=True)
-        elif hold is None or workspace.has('started'):
-            if hold is not None:
-                os.close(hold)
-            self.mutex.hold(script)
-            script.watch()
-            logger.info('Script %s is followed again', spec.ticket)
-        else:
-            script.hold(hold)
-            return state.get('created') or 0, script, state.get('mutex_deadline')
-        return None
+            with open(os.path.join(path, BOOTSTRAP), 'w', encoding='utf-8', newline='\n') as file:
+                file.write(spec.body.replace('\r\n', '\n'))
+            os.chmod(os.path.join(path, BOOTSTRAP), 0o700)
+            for script_file in spec.files:
+                self._write_file(path, script_file)
+        except BaseException:
+            self._remove(path)
+            raise
+
+    @staticmethod
+    def _write_file(workspace: str, file: ScriptFile) -> None:
+        """Put a file beside the script. Raises ServiceError for a name that leads elsewhere."""
+        name = file.name or ''
+        is_reserved = name in ('', '.', '..', BOOTSTRAP)
+        if is_reserved or set('/\\\0') & set(name) or file.contents is None:
+            text = '%s can not be the name of a file of a script' % printable(name, 100)
+            raise _failed_inside(ValueError(text))
+        require_room(workspace, file.contents.length, LIMITS)
+        with file.contents.open() as source, open(os.path.join(workspace, name), 'xb') as target:
+            if file.encryption_password is not None:
+                encrypt_script_file(source, target, file.encryption_password)
+                return
+            pump(source, target.write, file.contents.length)
+
+    def _launch(self, folder: ScriptFolder) -> None:
+        """Hand a prepared script to a supervisor. When that fails for now, it is tried again by
+        whoever asks for the script.
+        """
+        order = {
+            'scripts': self._scripts,
+            'work': self._work,
+            'ticket': folder.ticket,
+            'environment': self._environment(),
+            'grace': self._limits.cancel_grace,
+            'line_limit': self._limits.log_line,
+            'log_bytes': self._limits.log_bytes,
+        }
+        try:
+            self._launcher.launch(order)
+        except OSError as error:
+            logger.error('Script %s can not be started now: %s', folder.ticket, error)
+            is_for_good = error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
+            if is_for_good and folder.claim_start():
+                text = 'The script could not be started: %s' % error
+                folder.write_result(FATAL_EXIT_CODE, [(STDERR, text)])
+
+    def _launch_again(self, folder: ScriptFolder) -> None:
+        """Nobody has a prepared script in hand: launcher or supervisor died ahead of its start."""
+        hold = folder.hold()
+        try:
+            folder.request()
+            self._launch(folder)
+        except FileNotFoundError:
+            pass  # it is being removed
+        except ValueError as error:
+            if folder.claim_start():
+                text = 'What was asked for can not be read any more: %s' % error
+                folder.write_result(FATAL_EXIT_CODE, [(STDERR, text)])
+        finally:
+            os.close(hold)
+
+    def _discard_unprepared(self, folder: ScriptFolder) -> None:
+        """The agent that prepared it is gone: its caller was never told of it."""
+        import fcntl
+
+        descriptor = os.open(
+            os.path.join(self._scripts, '.lock'), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600
+        )
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX)  # or we took away what another makes anew
+            if not (folder.is_alive() or folder.has('request') or folder.has('result')):
+                self._remove(os.path.join(self._work, folder.ticket))
+                self._remove(folder.path)
+        finally:
+            os.close(descriptor)
+
+    def _remove(self, path: str) -> bool:
+        """Whether we were the one to remove a folder; what can not be removed is left for the
+        cleaner, and told of once.
+        """
+        try:
+            return remove_folder(path)
+        except OSError as error:
+            if error.errno in _STARVED:
+                raise
+            self._tell_once(path, error)
+            return False
+
+    def _tell_once(self, path: str, error: Any) -> None:
+        if path not in self._told:
+            self._told.add(path)
+            logger.warning('%s can not be removed, and is left for now: %s', path, error)
+
+    # -- the cleaner
 
     def clean(self, older_than: float) -> None:
-        """Remove workspaces that nobody completed, some seconds after their last word; never those
-        of running scripts, nor folders that are no workspaces.
+        """Look after all scripts: start or end what was left undone, remove what nobody completed
+        for so many seconds, and what is left of what was removed. Never raises.
         """
-        for name in _subfolders(self._work):
-            if _TICKET_PATTERN.match(name):
-                workspace = Workspace(self._work, name)
-                age = _seconds_since_last_word(workspace)
-                script = self.find(name)
-                if age is None or age < older_than:
-                    continue
-                if script is None:
-                    workspace.delete()
-                elif script.wait(0):
-                    self.forget(script)
-                else:
-                    continue
-                logger.info('The workspace of script %s was removed: nobody completed it', name)
+        try:
+            for path in (self._work, self._scripts, _completed_folder(self._scripts)):
+                self._remove_rests(path)
+            for folder in ticket_folders(self._scripts):
+                try:
+                    self._look_after(folder, older_than)
+                except (OSError, TentacleError) as error:
+                    self._tell_once(folder.path, error)
+            for name in os.listdir(self._work):
+                path = os.path.join(self._work, name)
+                is_script = _TICKET_PATTERN.match(name) and not self._folder(name).has('')
+                if is_script and _age(os.path.join(path, BOOTSTRAP)) >= older_than:
+                    self._remove(path)
+            forget_completed(self._scripts, self._limits)
+        except OSError as error:
+            logger.error('Old scripts can not be removed: %s', error)
 
-    def close(self) -> None:
-        """Let the launcher go; scripts that run go on."""
-        self.launcher.close()
+    def _remove_rests(self, folder: str) -> None:
+        """What a kill left of folders that were being made, or removed; tried again each time."""
+        with contextlib.suppress(FileNotFoundError):
+            for name in os.listdir(folder):
+                path = os.path.join(folder, name)
+                if name.startswith(_GONE) or (name.startswith(_NEW) and _age(path) > 3600):
+                    remove_tree(path)
+                    if os.path.lexists(path):
+                        self._tell_once(path, 'what is in it belongs to another user')
+
+    def _look_after(self, folder: ScriptFolder, older_than: float) -> None:
+        """A script that ended long ago has an hour's notice: the clock may have jumped."""
+        status = self.status(folder.ticket)
+        is_over = status is not None and status.state == COMPLETE
+        if not is_over or _age(folder.inner('result')) < older_than:
+            return
+        try:
+            since = time.time() - float(read_small(folder.inner('old')))
+        except FileNotFoundError:
+            with open(folder.inner('old'), 'w') as file:
+                file.write('%f' % time.time())
+            return
+        except ValueError:
+            since = older_than
+        if since >= min(older_than, 3600):
+            self.complete(folder.ticket)
+            logger.info('Script %s was removed: nobody completed it', folder.ticket)
 
 
-class WorkspaceCleaner:
-    """Removes old workspaces at its start and from time to time, in a thread of its own."""
+def _age(path: str) -> float:
+    """Seconds since a file was written; negative for what is not there."""
+    try:
+        return time.time() - os.lstat(path).st_mtime
+    except FileNotFoundError:
+        return -1
 
-    def __init__(self, runner: ScriptRunner, environment: Mapping[str, str] = os.environ):
-        self._runner = runner
+
+class ScriptCleaner:
+    """Looks after the scripts of a home at its start and from time to time, in a thread of its own."""
+
+    def __init__(self, scripts: Scripts, environment: Mapping[str, str] = os.environ):
+        self._scripts = scripts
+        # The original's variables.
         self._delay = self._span(environment, 'TENTACLE_WORKSPACE_CLEANER_DELAY', 2 * 3600)
         self._age = self._span(environment, 'TENTACLE_WORKSPACE_CLEANER_DELETE_OLDER_THAN', 86400)
         self._stop = threading.Event()
@@ -4756,14 +5337,104 @@ class WorkspaceCleaner:
 
     def _run(self) -> None:
         while True:
-            self._runner.clean(self._age)
+            self._scripts.clean(self._age)
             if self._stop.wait(self._delay):
                 return
 
     def stop(self) -> None:
         self._stop.set()
         if self._thread is not None:
-            self._thread.join()
+            self._thread.join(LIMITS.stop)
+
+
+# -- the agents of a home
+
+
+class AgentRecord:
+    """`<home>/agents/PID`, which says who runs here (verb, arguments, since, version), and is locked
+    (flock) as long as that lasts.
+
+    Raises TentacleError where the home's file system has no locks that work.
+    """
+
+    def __init__(self, home: str, verb: str, arguments: str):
+        self._folder = os.path.join(home, 'agents')
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        facts = {'pid': os.getpid(), 'verb': verb, 'arguments': arguments}
+        facts.update(since=iso_time(int(time.time() * 1000)), version=__version__)
+        self.text = '%s, process %d, since %s' % (verb, os.getpid(), facts['since'])
+        for number in itertools.count():
+            self.name = str(os.getpid()) + '-%d' % number * bool(number)
+            self._descriptor = self._open(self.name)
+            if _lock(self._descriptor) and self._is_there():
+                break
+            os.close(self._descriptor)
+        other = self._open(self.name)
+        try:
+            if _lock(other):
+                self.close()
+                raise TentacleError(_NO_LOCKS % home)
+        finally:
+            os.close(other)
+        os.ftruncate(self._descriptor, 0)
+        os.write(self._descriptor, json.dumps(facts).encode())
+
+    def _open(self, name: str) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(os.path.join(self._folder, name), flags, 0o600)
+
+    def _is_there(self) -> bool:
+        """It was not removed between being opened and being locked."""
+        with contextlib.suppress(FileNotFoundError):
+            there = os.stat(os.path.join(self._folder, self.name))
+            return os.path.samestat(there, os.fstat(self._descriptor))
+        return False
+
+    def others(self) -> Set[str]:
+        """The names of the other agents that run; the records of those that do not are removed."""
+        living = set()
+        for name in os.listdir(self._folder):
+            if name == self.name or not name[:1].isdigit():
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = self._open_there(name)
+                try:
+                    if _lock(descriptor):
+                        os.unlink(os.path.join(self._folder, name))
+                    else:
+                        living.add(name)
+                finally:
+                    os.close(descriptor)
+        return living
+
+    def _open_there(self, name: str) -> int:
+        return os.open(os.path.join(self._folder, name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self._folder, self.name))
+        os.close(self._descriptor)
+
+
+_NO_LOCKS = (
+    'The locks of the file system of %s do not work, so scripts could run twice: choose a folder on '
+    'another one with --home DIR'
+)
+
+
+def _lock(descriptor: int) -> bool:
+    """Try to lock a file of ours; False when another has it. Raises TentacleError."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _STARVED:
+            raise
+        raise TentacleError(_NO_LOCKS % 'the home' + ' (%s)' % error.strerror)
 
 
 # ---- 14. Tentacle services -----------------------------------------------------------------------
@@ -4799,78 +5470,97 @@ def _spec(ticket: str, command: Any) -> ScriptSpec:
     )
 
 
-def _status(cls: type, script: RunningScript, after: int) -> Any:
-    """A script's status answer; complete only together with the last of its log."""
-    state, exit_code = script.state_and_exit_code()  # asked first: what it wrote is in the log then
-    entries, more = script.log.read(after)
-    if more:
-        state, exit_code = RUNNING, 0
-    return cls(
-        ticket=ScriptTicket(task_id=script.spec.ticket),
-        logs=entries,
-        next_log_sequence=max(after, 0) + len(entries),
-        state=state,
-        exit_code=exit_code,
-    )
+def _patiently(function: Callable[[], Any]) -> Any:
+    """Try again for some seconds where the system has too little of something: what a peer is told
+    would be the end of its script.
+    """
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return function()
+        except OSError as error:
+            if error.errno not in _STARVED or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
 
 
-class ScriptServiceV2:
-    """`IScriptServiceV2`: the ticket is the caller's, so a call may be repeated."""
+class _ScriptCalls:
+    """What both script services do; `status_type` is the contract of their answers, and
+    `unknown_exit_code` that of a ticket nobody knows.
+    """
 
-    def __init__(self, scripts: ScriptRunner, limits: Limits = LIMITS):
+    status_type: Any
+    unknown_exit_code: int
+
+    def __init__(self, scripts: Scripts, limits: Limits = LIMITS):
         self._scripts = scripts
         self._limits = limits
 
+    @staticmethod
+    def _ticket(command: Any) -> str:
+        return (command.ticket and command.ticket.task_id) or ''
+
+    def _status(self, ticket: str, after: int) -> Any:
+        """A script's status answer; complete only together with the last of its log."""
+        after = max(after, 0)
+        known = _TICKET_PATTERN.match(ticket)
+        status = _patiently(lambda: self._scripts.status(ticket)) if known else None
+        if status is None:
+            status = ScriptStatus(COMPLETE, self.unknown_exit_code)
+            logs, count, more = EncodedArray(0, list), 0, False
+        else:
+            logs, count, more = _patiently(lambda: self._scripts.log(ticket, after, status.tail))
+        return self.status_type(
+            ticket=ScriptTicket(task_id=ticket),
+            logs=LogEntries(logs),
+            next_log_sequence=after + count,
+            state=RUNNING if more else status.state,
+            exit_code=0 if more else status.exit_code,
+        )
+
+    def _cancel(self, ticket: str, after: int) -> Any:
+        if _TICKET_PATTERN.match(ticket):
+            _patiently(lambda: self._scripts.cancel(ticket))
+        return self._status(ticket, after)
+
+    def _complete(self, ticket: str) -> None:
+        if _TICKET_PATTERN.match(ticket):
+            _patiently(lambda: self._scripts.complete(ticket))
+
+
+class ScriptServiceV2(_ScriptCalls):
+    """`IScriptServiceV2`: the ticket is the caller's, so a call may be repeated."""
+
+    status_type = ScriptStatusResponseV2
+    unknown_exit_code = UNKNOWN_TICKET_EXIT_CODE
+
     @exposed('StartScript', StartScriptCommandV2)
     def start_script(self, command: StartScriptCommandV2) -> ScriptStatusResponseV2:
-        script = self._scripts.start(
-            _spec(check_ticket(command.ticket and command.ticket.task_id), command)
-        )
-        if command.duration_to_wait and not script.is_pending:
-            script.wait(min(max(command.duration_to_wait, 0), self._limits.start_wait))
-        return _status(ScriptStatusResponseV2, script, 0)
-
-    def _find(self, command: _AboutTicket) -> Optional[RunningScript]:
-        return self._scripts.find((command.ticket and command.ticket.task_id) or '')
-
-    @staticmethod
-    def _answer(
-        request: _AboutTicketAndLog, script: Optional[RunningScript]
-    ) -> ScriptStatusResponseV2:
-        if script is None:
-            return ScriptStatusResponseV2(
-                ticket=request.ticket,
-                next_log_sequence=request.last_log_sequence,
-                state=COMPLETE,
-                exit_code=UNKNOWN_TICKET_EXIT_CODE,
-            )
-        return _status(ScriptStatusResponseV2, script, request.last_log_sequence)
+        ticket = check_ticket(command.ticket and command.ticket.task_id)
+        self._scripts.start(_spec(ticket, command))
+        wait = min(max(command.duration_to_wait or 0, 0), self._limits.start_wait)
+        if wait:
+            self._scripts.wait(ticket, wait)
+        return self._status(ticket, 0)
 
     @exposed('GetStatus', ScriptStatusRequestV2)
     def get_status(self, request: ScriptStatusRequestV2) -> ScriptStatusResponseV2:
-        return self._answer(request, self._find(request))
+        return self._status(self._ticket(request), request.last_log_sequence)
 
     @exposed('CancelScript', CancelScriptCommandV2)
     def cancel_script(self, command: CancelScriptCommandV2) -> ScriptStatusResponseV2:
-        script = self._find(command)
-        if script is not None:
-            script.cancel()
-        return self._answer(command, script)
+        return self._cancel(self._ticket(command), command.last_log_sequence)
 
     @exposed('CompleteScript', CompleteScriptCommandV2)
     def complete_script(self, command: CompleteScriptCommandV2) -> None:
-        script = self._find(command)
-        if script is not None:
-            self._scripts.forget(script)
+        self._complete(self._ticket(command))
 
 
-class ScriptService:
-    """`IScriptService`, the older one: the ticket is ours, and one we do not know is complete with
-    code 0.
-    """
+class ScriptService(_ScriptCalls):
+    """`IScriptService`, the older one: the ticket is ours."""
 
-    def __init__(self, scripts: ScriptRunner):
-        self._scripts = scripts
+    status_type = ScriptStatusResponse
+    unknown_exit_code = 0
 
     @exposed('StartScript', StartScriptCommand)
     def start_script(self, command: StartScriptCommand) -> ScriptTicket:
@@ -4878,36 +5568,18 @@ class ScriptService:
         self._scripts.start(_spec(ticket, command))
         return ScriptTicket(task_id=ticket)
 
-    def _status(
-        self,
-        command: _AboutTicketAndLog,
-        before: Callable[[RunningScript], None] = lambda script: None,
-    ) -> ScriptStatusResponse:
-        ticket = (command.ticket and command.ticket.task_id) or ''
-        script = self._scripts.find(ticket)
-        if script is None:
-            return ScriptStatusResponse(
-                ticket=ScriptTicket(task_id=ticket),
-                state=COMPLETE,
-                next_log_sequence=command.last_log_sequence,
-            )
-        before(script)
-        return _status(ScriptStatusResponse, script, command.last_log_sequence)
-
     @exposed('GetStatus', ScriptStatusRequest)
     def get_status(self, request: ScriptStatusRequest) -> ScriptStatusResponse:
-        return self._status(request)
+        return self._status(self._ticket(request), request.last_log_sequence)
 
     @exposed('CancelScript', CancelScriptCommand)
     def cancel_script(self, command: CancelScriptCommand) -> ScriptStatusResponse:
-        return self._status(command, RunningScript.cancel)
+        return self._cancel(self._ticket(command), command.last_log_sequence)
 
     @exposed('CompleteScript', CompleteScriptCommand)
     def complete_script(self, command: CompleteScriptCommand) -> ScriptStatusResponse:
-        status = self._status(command)
-        script = self._scripts.find(status.ticket.task_id)
-        if script is not None:
-            self._scripts.forget(script)
+        status = self._status(self._ticket(command), command.last_log_sequence)
+        self._complete(self._ticket(command))
         return status
 
 
@@ -5068,7 +5740,8 @@ class AgentServices:
     call.
 
     Workspaces are made and relative paths lead there; `environment` gives a script's environment at
-    its start; with `files_root` no file outside that folder is uploaded or downloaded.
+    its start; with `files_root` no file outside that folder is uploaded or downloaded. `verb` and
+    `arguments` are for the agent's record, `descriptors` is the soft limit that scripts get.
     """
 
     def __init__(
@@ -5077,14 +5750,27 @@ class AgentServices:
         environment: Callable[[], Dict[str, str]] = lambda: dict(os.environ),
         files_root: Optional[str] = None,
         limits: Limits = LIMITS,
+        verb: str = 'import tentacle',
+        arguments: str = '',
+        descriptors: Optional[int] = None,
     ):
         self.spool = os.path.join(home, 'Work')
-        os.makedirs(self.spool, mode=0o700, exist_ok=True)
-        self.scripts = ScriptRunner(self.spool, environment, limits)
-        self._cleaner = WorkspaceCleaner(self.scripts)
+        self.descriptors = descriptors
+        self._launcher = Launcher(descriptors, limits)
+        self._home, self._verb, self._arguments = home, verb, arguments
+        self.record: Optional[AgentRecord] = None
+        self.scripts = Scripts(
+            home,
+            environment,
+            self._launcher,
+            limits,
+            lambda: self.record.name if self.record else '',
+            lambda: self.record.others() if self.record else (),
+        )
+        self._cleaner = ScriptCleaner(self.scripts)
         self._journal = UploadJournal(os.path.join(home, '.uploads'))
         services: Dict[str, Any] = {
-            'IScriptService': ScriptService(self.scripts),
+            'IScriptService': ScriptService(self.scripts, limits),
             'IFileTransferService': FileTransferService(home, self._journal, files_root, limits),
             'IScriptServiceV2': ScriptServiceV2(self.scripts, limits),
         }
@@ -5092,15 +5778,21 @@ class AgentServices:
         self.handle = ServiceRegistry(services).handle
 
     def start(self) -> None:
-        """Take over what an agent before us left."""
+        """Be one of the home's agents, and look after what others left. Raises TentacleError,
+        OSError.
+        """
+        self.record = AgentRecord(self._home, self._verb, self._arguments)
+        self.record.others()  # removes the records of those that are gone
         self._journal.clean()
-        self.scripts.attach()
         self._cleaner.start()
 
     def stop(self) -> None:
-        """Scripts that run go on, for the next agent."""
+        """Scripts that run go on, whether or not there is another agent."""
         self._cleaner.stop()
-        self.scripts.close()
+        self._launcher.close()
+        if self.record is not None:
+            self.record.close()
+            self.record = None
 
 
 # ---- 15. Listening -------------------------------------------------------------------------------
@@ -5253,7 +5945,7 @@ class SecureListener(socketserver.TCPServer):
         if crowded:
             self._drop_oldest_stranger()
         try:
-            start_thread('connection ' + peer, self._connection, sock, peer)
+            start_connection_thread('connection ' + peer, self._connection, sock, peer)
         except BaseException:
             self._ended(sock)
             raise
@@ -5422,8 +6114,11 @@ class ListeningTentacle:
         port: int = LISTENING_PORT,
         trust_command: str = 'tentacle.py configure --trust',
         limits: Limits = LIMITS,
+        on_failure: Callable[[], None] = lambda: None,
     ):
+        """`on_failure` is called, in a thread of ours, when it accepts no more without `stop`."""
         self._limits = limits
+        self._on_failure = on_failure
         self._trusted = trusted
         self._services, self._owns_services = _services_of(services, limits)
         self._listener = SecureListener(
@@ -5461,7 +6156,14 @@ class ListeningTentacle:
         threading.stack_size(self._limits.thread_stack)
         if self._owns_services:
             self._services.start()
-        self._thread = start_thread('listener', self._listener.serve_forever)
+        self._thread = start_thread('listener', self._listen)
+
+    def _listen(self) -> None:
+        try:
+            self._listener.serve_forever()
+        except BaseException:
+            logger.exception('No connection is accepted any more')
+            self._on_failure()
 
     def stop(self) -> None:
         """Close the port and every connection. Scripts that run go on, for the next agent."""
@@ -5782,6 +6484,8 @@ class _MeasuredSource(io.RawIOBase):
 class _ScriptCallsV2:
     """One script by the calls of `IScriptServiceV2` of a TentacleClient."""
 
+    may_start_again = True  # the ticket is ours: a second start is the same script
+
     def __init__(self, client: Any, ticket: Optional[str] = None):
         self._client = client
         self._ticket = ScriptTicket(task_id=ticket or new_ticket())
@@ -5826,6 +6530,8 @@ class _ScriptCallsV2:
 
 class _ScriptCallsV1:
     """The same by `IScriptService`, where the tentacle names the ticket."""
+
+    may_start_again = False
 
     def __init__(self, client: Any, ticket: Optional[str] = None):
         self._client = client
@@ -5914,26 +6620,31 @@ class _ScriptRun:
         return self._exit_code
 
     def _start(self, body: str, task_id: str, files: List[ScriptFile]) -> Any:
-        """The first status. A start whose answer was lost is asked for, and never sent again."""
+        """The first status. A start whose answer was lost is sent again where its ticket says that
+        it is the same one.
+        """
+        send = lambda after: self._calls.start(body, task_id, files, self._START_WAIT)
         try:
-            return self._calls.start(body, task_id, files, self._START_WAIT)
+            return send(0)
         except NotDelivered:
             raise
         except ConnectionLost as error:
-            logger.info('%s; asking whether the script was started', error)
-            status = self._ask(self._calls.status)
-            if status.exit_code == UNKNOWN_TICKET_EXIT_CODE:
-                raise NotDelivered('%s. The script was not started' % error)
-            return status
+            if not self._calls.may_start_again:
+                raise ConnectionLost('%s. Whether the script was started is not known' % error)
+            logger.info('%s; sending the start again, with the same ticket', error)
+            return self._ask(send)
 
     def _take(self, status: Any) -> int:
         """Hand on the lines that are new; how many there were."""
-        new = status.logs[max(self._next - (status.next_log_sequence - len(status.logs)), 0) :]
+        if status.exit_code == UNKNOWN_TICKET_EXIT_CODE and status.state == COMPLETE:
+            raise TentacleError('The tentacle does not know the script: its outcome is not known')
+        count = 0
+        for entry in status.logs:
+            self._on_line(self._remarks.line(entry))
+            count += 1
         self._next = max(self._next, status.next_log_sequence)
         self._state, self._exit_code = status.state, status.exit_code
-        for entry in new:
-            self._on_line(self._remarks.line(entry))
-        return len(new)
+        return count
 
     def _ask(self, call: Callable[[int], Any]) -> Any:
         """Ask for the status; again on a new connection where one broke, since asking changes
@@ -6655,8 +7366,8 @@ class PollingServer:
     def _give_thread(self, poller: _Poller) -> None:
         self._take_from_idle(poller)
         try:
-            start_thread('connection ' + poller.stream.peer, self._poll, poller)
-        except RuntimeError as error:  # the system has none to give
+            start_connection_thread('connection ' + poller.stream.peer, self._poll, poller)
+        except (RuntimeError, MemoryError) as error:  # the system has none to give
             logger.error('%s: %s', poller.stream.peer, error)
             self._make_idle(poller)
 
@@ -6831,8 +7542,9 @@ class Relay:
         while not self._stopping:
             try:
                 sock, _ = self._sock.accept()
-                start_thread('relayed call', self._serve, SocketStream(sock, 'a local client'))
-            except (OSError, RuntimeError) as error:  # no descriptor, or no thread, to be had
+                stream = SocketStream(sock, 'a local client')
+                start_connection_thread('relayed call', self._serve, stream)
+            except (OSError, RuntimeError, MemoryError) as error:  # no descriptor, or no thread, to be had
                 if not self._stopping:
                     logger.error('A local client can not be served: %s', error)
                     time.sleep(0.1)
@@ -7273,18 +7985,21 @@ class JobStore:
         return [(line, LogEntry(source, occurred, text)) for line, source, occurred, text in rows]
 
     def change(
-        self, job: Job, lines: Sequence[LogEntry] = (), durable: bool = False, **columns: Any
+        self, job: Job, lines: Iterable[LogEntry] = (), durable: bool = False, **columns: Any
     ) -> Job:
-        """Change columns, and add lines that begin at its next number, as one."""
+        """Change columns, and add lines that begin at its next number, as one. What is callable
+        gives its column's value once the lines are there.
+        """
         names = ', '.join('%s = ?' % name for name in columns)
-        added = [
+        added = (
             (job.number, job.base + job.next_log + i, entry[0], entry[1], entry[2])
             for i, entry in enumerate(lines)
-        ]
+        )
         with self._told(), self._durable(durable), self._database:
             self._database.executemany('INSERT INTO lines VALUES (?, ?, ?, ?, ?)', added)
+            values = [value() if callable(value) else value for value in columns.values()]
             self._database.execute(
-                'UPDATE jobs SET %s WHERE number = ?' % names, (*columns.values(), job.number)
+                'UPDATE jobs SET %s WHERE number = ?' % names, (*values, job.number)
             )
         return self.job(job.number)
 
@@ -7304,6 +8019,32 @@ class JobStore:
         with self._told():  # what they took belongs to the disk again
             self._database.execute('PRAGMA incremental_vacuum').fetchall()
             self._database.execute('PRAGMA wal_checkpoint(TRUNCATE)').fetchall()
+
+
+class _BoundedLines:
+    """The lines of an answer as far as they are kept of a job, and one that says so where the rest
+    is not: an iterable of LogEntry.
+    """
+
+    def __init__(self, job: Job, lines: Iterable[LogEntry], limits: Limits):
+        self._job = job
+        self._lines = lines
+        self._limits = limits
+        self.characters = job.characters  #: kept so far; more than their limit from that line on
+
+    def __iter__(self) -> Iterator[LogEntry]:
+        limits = self._limits
+        room = limits.job_lines - self._job.base - self._job.next_log
+        for index, entry in enumerate(self._lines):
+            if self.characters > limits.job_characters:
+                return
+            self.characters += len(entry.text)
+            if self.characters > limits.job_characters or index >= room:
+                text = 'The rest of the output is not kept: %d lines, or %d characters, are'
+                text %= (limits.job_lines, limits.job_characters)
+                entry = LogEntry(STDERR, int(time.time() * 1000), text)
+                self.characters = limits.job_characters + 1
+            yield entry
 
 
 class JobRunner:
@@ -7581,45 +8322,21 @@ class JobRunner:
             raise ProtocolError('a number of a log line is impossible')
         if status.exit_code == UNKNOWN_TICKET_EXIT_CODE and status.state == COMPLETE:
             if job.state == 'sent' and job.cancel:
-                return self._end(job, 'cancelled', 'it was cancelled ahead of its start')
+                return self._end(job, 'lost', 'whether it was started is not known')
             return self._lose(job, 'the tentacle does not know it any more')
         self._failures.pop(job.number, None)
-        already = job.next_log
-        first = status.next_log_sequence - len(status.logs)
-        new = status.logs[max(job.next_log - first, 0) :]
-        new, characters = self._within_bounds(job, new)
+        bounded = _BoundedLines(job, status.logs, self._limits)
         columns: Dict[str, Any] = {'state': 'running', 'error': '', 'ticket': calls.ticket[:200]}
-        columns['characters'] = characters
+        columns['characters'] = lambda: bounded.characters
         columns['next_log'] = max(job.next_log, status.next_log_sequence)
         if status.state == COMPLETE:
             columns.update(state='ended', exit_code=status.exit_code)
-        job = self._store.change(job, new, **columns)
+        has_news = columns['next_log'] > job.next_log
+        job = self._store.change(job, bounded, **columns)
         if job.state == 'ended':
             return 0
-        has_news = job.next_log > already
         quiet = self._quiet[job.number] = 0 if has_news else self._quiet.get(job.number, 0) + 1
         return self._PAUSES[min(quiet, len(self._PAUSES) - 1)]
-
-    def _within_bounds(self, job: Job, lines: List[LogEntry]) -> Tuple[List[LogEntry], int]:
-        """A log's lines as far as they are kept, and one that says so where the rest is not; the
-        characters that are kept then, more than their limit from that line on.
-        """
-        limits = self._limits
-        kept: List[LogEntry] = []
-        characters = job.characters
-        room = limits.job_lines - job.base - job.next_log
-        for entry in lines:
-            if characters > limits.job_characters:
-                break
-            entry = entry._replace(text=entry.text[: limits.log_line])
-            characters += len(entry.text)
-            if characters > limits.job_characters or len(kept) >= room:
-                text = 'The rest of the output is not kept: %d lines, or %d characters, are'
-                text %= (limits.job_lines, limits.job_characters)
-                entry = LogEntry(STDERR, int(time.time() * 1000), text)
-                characters = limits.job_characters + 1
-            kept.append(entry)
-        return kept, characters
 
     def _lose(self, job: Job, reason: str) -> Optional[float]:
         if not job.retry_lost or job.cancel:
@@ -8177,17 +8894,31 @@ def our_subscription(settings: Settings) -> str:
     return kept
 
 
+def _passwd_variables(home: str) -> Dict[str, str]:
+    """What a login would set: a service, or a container's process of any user, may have none of it."""
+    import pwd
+
+    try:
+        entry = pwd.getpwuid(os.geteuid())
+    except KeyError:
+        return {'HOME': home}
+    shell = entry.pw_shell or '/bin/sh'
+    return {'HOME': entry.pw_dir, 'USER': entry.pw_name, 'LOGNAME': entry.pw_name, 'SHELL': shell}
+
+
 def script_environment(settings: Settings, instance: str = DEFAULT_INSTANCE) -> Dict[str, str]:
     """The environment of a script (wire notes 4): ours, and what deployments look for."""
     environment = dict(os.environ)
     for name in ('NOTIFY_SOCKET', 'OCTOPUS_API_KEY'):  # for us alone
         environment.pop(name, None)
+    for name, value in _passwd_variables(settings.home).items():
+        environment.setdefault(name, value)
     program = os.path.abspath(__file__)
     proxy = settings.proxy
     try:
         password = proxy.secret()
     except TentacleError as error:
-        logger.error('Scripts go without it: %s', error)
+        logger.error('Scripts get no password of the proxy: %s', error)
         password = Secret()
     environment.update(
         {
@@ -8200,6 +8931,8 @@ def script_environment(settings: Settings, instance: str = DEFAULT_INSTANCE) -> 
             'TentacleInstanceName': instance,
             'TentacleVersion': TENTACLE_VERSION,
             'TentaclePyVersion': __version__,
+            'TentacleCertificateSignatureAlgorithm': 'sha256RSA',
+            'TentacleNetFrameworkDescription': 'Python ' + '.'.join(map(str, sys.version_info[:3])),
             'TentacleExecutablePath': program,
             'TentacleProgramDirectoryPath': os.path.dirname(program),
             'AgentProgramDirectoryPath': os.path.dirname(program),
@@ -8503,22 +9236,24 @@ class TrustedPollers:
 
 
 @contextlib.contextmanager
-def sole_holder(home: str, name: str) -> Iterator[bool]:
-    """Whether we are the only one to hold a lock of a home directory, which ends with its holder.
-
-    Raises TentacleError when the home can not be used.
+def sole_holder(home: str, name: str, text: str = '', seconds: float = 0) -> Iterator[str]:
+    """Hold a lock of a home directory, which ends with its holder: '' with it, or, after so many
+    seconds, what its holder said of itself. Raises TentacleError when the home can not be used.
     """
-    import fcntl
-
     with locked_folder(home):
-        descriptor = os.open(os.path.join(home, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        folder = os.path.join(home, 'agents')
+        os.makedirs(folder, mode=0o700, exist_ok=True)
+        descriptor = os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     try:
-        is_sole = True
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            is_sole = False
-        yield is_sole
+        deadline = time.monotonic() + seconds
+        while not _lock(descriptor):
+            if time.monotonic() >= deadline:
+                yield os.pread(descriptor, 1000, 0).decode('utf-8', 'replace') or 'another process'
+                return
+            time.sleep(0.1)
+        os.ftruncate(descriptor, 0)
+        os.pwrite(descriptor, text.encode(), 0)
+        yield ''
     finally:
         os.close(descriptor)
 
@@ -8843,8 +9578,18 @@ class SignalWaiter:
             signal.signal(number, lambda number, frame: None)
 
     def wait(self) -> int:
-        """The number of the signal that came."""
+        """The number of the signal that came, 0 for `wake`."""
         return self._reader.recv(1)[0]
+
+    def wake(self) -> None:
+        """End a wait. Any thread may call."""
+        self._writer.send(b'\0')
+
+    def close(self) -> None:
+        """Signals that come from here on change nothing: we are stopping already."""
+        signal.set_wakeup_fd(-1)
+        self._reader.close()
+        self._writer.close()
 
 
 def _stop_signals() -> List[int]:
@@ -8975,15 +9720,6 @@ def _operating_system() -> str:
     return ' '.join(os.uname()[0:3:2])
 
 
-def _user_name() -> str:
-    import pwd
-
-    try:
-        return pwd.getpwuid(os.geteuid()).pw_name
-    except KeyError:
-        return str(os.geteuid())
-
-
 #: Options whose values are secrets.
 _SECRET_OPTIONS = frozenset(
     'apikey bearertoken key password p pw pfx-password proxypassword'.split()
@@ -9031,7 +9767,7 @@ def _start_up_facts(arguments: Any, settings: Settings) -> List[str]:
         '  OperatingSystem: ' + _operating_system(),
         '  OsBitVersion: ' + ('x64' if bits == 64 else 'x86'),
         '  Is64BitProcess: %s' % (bits == 64),
-        '  CurrentUser: ' + _user_name(),
+        '  CurrentUser: ' + user_name(),
         '  MachineName: ' + socket.gethostname(),
         '  ProcessorCount: %d' % (os.cpu_count() or 1),
         '  CurrentDirectory: ' + printable(_current_folder()),
@@ -9081,7 +9817,14 @@ def _agent_services(arguments: Any, settings: Settings) -> AgentServices:
     instance = _instance_name(arguments, settings)
     root = _files_root(getattr(arguments, 'files_root', None)) or settings.files_root or None
     try:
-        return AgentServices(settings.home, lambda: script_environment(settings, instance), root)
+        return AgentServices(
+            settings.home,
+            lambda: script_environment(settings, instance),
+            root,
+            verb=arguments.command,
+            arguments=_shown_words(sys.argv[1:]),
+            descriptors=_allow_many_descriptors(),
+        )
     except OSError as error:
         raise TentacleError(
             '%s can not be used: %s. Choose another folder with --home DIR or $TENTACLE_HOME'
@@ -9108,10 +9851,12 @@ def _listener(
     identity: Identity,
     trusted: TrustedThumbprints,
     port: int,
+    signals: SignalWaiter,
 ) -> ListeningTentacle:
     trust_command = _program(arguments, 'configure --trust')
+    address = settings.listen_address
     return ListeningTentacle(
-        services, identity, trusted, settings.listen_address, port, trust_command
+        services, identity, trusted, address, port, trust_command, on_failure=signals.wake
     )
 
 
@@ -9172,22 +9917,90 @@ def _notify(state: str) -> None:
             sock.sendto(state.encode(), address.replace('@', '\0', 1))
 
 
+@contextlib.contextmanager
+def _sole_listener(arguments: Any, settings: Settings) -> Iterator[None]:
+    """Be the one agent that listens for a home. Raises TentacleError where another one does, and
+    does not end soon.
+    """
+    text = '%s, process %d, since %s' % (
+        arguments.command,
+        os.getpid(),
+        iso_time(int(time.time() * 1000)),
+    )
+    with sole_holder(settings.home, 'listening', text, LIMITS.predecessor) as holder:
+        if holder:
+            raise TentacleError(
+                'Another agent listens for %s already: %s. Use that one, stop it, or give this one '
+                'a home of its own with --home DIR' % (settings.home, holder)
+            )
+        yield
+
+
+def _allow_many_descriptors() -> Optional[int]:
+    """A connection takes one, and the usual soft limit is 1,024: have the hard limit; the soft one
+    that we were given.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft if soft > 0 else None
+
+
+def _limit_descriptors(soft: Optional[int]) -> None:
+    import resource
+
+    if soft is not None:
+        with contextlib.suppress(ValueError, OSError):
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
+def _file_is_sound() -> bool:
+    """Whether the file on the disk, which may be another version by now, runs here."""
+    import subprocess
+
+    command = [sys.executable or '/proc/self/exe', '-I', os.path.abspath(__file__), 'version']
+    try:
+        done = subprocess.run(
+            command,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+            timeout=60,
+        )
+    except (OSError, subprocess.TimeoutExpired) as error:
+        logger.error('SIGUSR2: the file on the disk is not taken: %s', error)
+        return False
+    if done.returncode != 0:
+        said = done.stdout.decode('utf-8', 'replace').strip().rpartition('\n')[2]
+        logger.error(
+            'SIGUSR2: the file on the disk is not taken, `version` ends with code %d: %s',
+            done.returncode,
+            printable(said),
+        )
+    return done.returncode == 0
+
+
 def _stay(
     services: AgentServices,
     trusted: TrustedThumbprints,
+    signals: SignalWaiter,
     listener: Optional[ListeningTentacle],
     pollers: Sequence[PollingTentacle],
 ) -> int:
-    """Be a tentacle until SIGTERM or Ctrl-C; SIGHUP has the pollers dial at once."""
+    """Be a tentacle until SIGTERM or Ctrl-C; SIGHUP has the pollers dial at once, SIGUSR2 has the
+    process start anew from the file on the disk.
+    """
     agents = ([listener] if listener is not None else []) + list(pollers)
-    signals = SignalWaiter(*{*_stop_signals(), *([signal.SIGHUP] if pollers else [])})
 
     def drop_untrusted() -> None:
         for agent in agents:
             agent.drop_untrusted()
 
-    watch = _SettingsWatch(trusted, drop_untrusted)
     services.start()
+    watch = _SettingsWatch(trusted, drop_untrusted)
     if listener is not None:
         _start_listening(listener)
     if pollers:
@@ -9197,19 +10010,35 @@ def _stay(
     _notify('READY=1')
     audit('agent-started', version=__version__, trusted=sorted(trusted()))
     number = signals.wait()
-    while number == signal.SIGHUP and pollers:
-        logger.info('SIGHUP: dialling now')
-        for agent in pollers:
-            agent.dial_now()
+    while number in (signal.SIGHUP, signal.SIGUSR2):
+        if number == signal.SIGUSR2 and _file_is_sound():
+            break
+        if number == signal.SIGHUP and not pollers:
+            break
+        if number == signal.SIGHUP:
+            logger.info('SIGHUP: dialling now')
+            for agent in pollers:
+                agent.dial_now()
         number = signals.wait()
-    logger.info('Stopping: %s', signal.Signals(number).name)
-    _notify('STOPPING=1')
+    starts_anew = number == signal.SIGUSR2
+    logger.info('Stopping: %s', signal.Signals(number).name if number else 'the listener ended')
+    if not starts_anew:
+        _notify('STOPPING=1')
     audit('agent-stopped')
     watch.stop()
+    signals.close()
     for agent in agents:
         agent.stop()
     services.stop()
-    return 0
+    if starts_anew:
+        _limit_descriptors(services.descriptors)
+        program = sys.executable or '/proc/self/exe'
+        os.execv(program, [program, '-I', os.path.abspath(__file__)] + sys.argv[1:])
+    return 0 if number else 1
+
+
+def _resident_signals(polls: bool) -> SignalWaiter:
+    return SignalWaiter(*{*_stop_signals(), signal.SIGUSR2, *([signal.SIGHUP] if polls else [])})
 
 
 @_command(
@@ -9230,10 +10059,12 @@ def _listen(arguments: Any) -> int:
     port = settings.port if arguments.port is None else _port(arguments.port)
     identity = our_identity(settings)
     trusted = TrustedThumbprints(settings.path, given)
-    services = _agent_services(arguments, settings)
-    agent = _listener(arguments, settings, services, identity, trusted, port)
-    _say_trusted(arguments, identity, trusted)
-    return _stay(services, trusted, agent, [])
+    with _sole_listener(arguments, settings):
+        services = _agent_services(arguments, settings)
+        signals = _resident_signals(polls=False)
+        agent = _listener(arguments, settings, services, identity, trusted, port, signals)
+        _say_trusted(arguments, identity, trusted)
+        return _stay(services, trusted, signals, agent, [])
 
 
 _BUSY = 75  # EX_TEMPFAIL: another one of the same home is still at it
@@ -9375,19 +10206,23 @@ def _poll(arguments: Any) -> int:
     connections = connections or settings.polling_connections
     identity = our_identity(settings)
     trusted = TrustedThumbprints(settings.path, given)
-    with sole_holder(settings.home, 'poll.lock') as is_sole:
-        if not is_sole:
+    with contextlib.ExitStack() as stack:
+        if arguments.once and stack.enter_context(sole_holder(settings.home, 'once')):
             _complain(
-                'another `tentacle.py poll` of %s is still at it; a host may have several with '
-                '--home DIR' % settings.home
+                'another `tentacle.py poll --once` of %s is still at it; a host may have several '
+                'with --home DIR' % settings.home
             )
             return _BUSY
+        if arguments.listen is not None:
+            stack.enter_context(_sole_listener(arguments, settings))
         subscription = arguments.subscription and parse_subscription(arguments.subscription)
         services = _agent_services(arguments, settings)
-        listener = None
-        if arguments.listen is not None:
+        listener, signals = None, None
+        if not arguments.once:
+            signals = _resident_signals(polls=True)
+        if arguments.listen is not None and signals is not None:
             port = _port(arguments.listen)
-            listener = _listener(arguments, settings, services, identity, trusted, port)
+            listener = _listener(arguments, settings, services, identity, trusted, port, signals)
         if not arguments.once:
             _say_trusted(arguments, identity, trusted)
         if arguments.servers:
@@ -9409,9 +10244,9 @@ def _poll(arguments: Any) -> int:
             agents = _configured_pollers(
                 arguments, settings, services, identity, trusted, connections, proxy_of
             )
-        if arguments.once:
+        if signals is None:
             return _poll_once(agents, services, max_time)
-        return _stay(services, trusted, listener, agents)
+        return _stay(services, trusted, signals, listener, agents)
 
 
 @_original(
@@ -9431,15 +10266,14 @@ def _agent(arguments: Any) -> int:
         )
     identity = our_identity(settings)
     trusted = TrustedThumbprints(settings.path)
-    with sole_holder(settings.home, 'poll.lock') as is_sole:
-        if not is_sole:
-            raise TentacleError(
-                'Another agent of %s runs already: use that one, or stop it' % settings.home
-            )
-        services = _agent_services(arguments, settings)
-        listener = None
+    with contextlib.ExitStack() as stack:
         if not settings.no_listen:
-            listener = _listener(arguments, settings, services, identity, trusted, settings.port)
+            stack.enter_context(_sole_listener(arguments, settings))
+        services = _agent_services(arguments, settings)
+        signals = _resident_signals(polls=bool(settings.polled()))
+        listener, port = None, settings.port
+        if not settings.no_listen:
+            listener = _listener(arguments, settings, services, identity, trusted, port, signals)
         _say_trusted(arguments, identity, trusted)
         agents = _configured_pollers(
             arguments,
@@ -9452,16 +10286,7 @@ def _agent(arguments: Any) -> int:
         )
         if listener is None:
             say('Agent will not listen on any TCP ports')
-        return _stay(services, trusted, listener, agents)
-
-
-def _allow_many_descriptors() -> None:
-    """A connection takes one, and the usual soft limit is 1,024."""
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+        return _stay(services, trusted, signals, listener, agents)
 
 
 def _polling_server(
@@ -9484,8 +10309,8 @@ def _serve(arguments: Any) -> int:
     port = POLLING_PORT if arguments.port is None else _port(arguments.port)
     settings = _settings(arguments)
     identity = our_identity(settings)
-    with sole_holder(settings.home, 'serve.lock') as is_sole:
-        if not is_sole:
+    with sole_holder(settings.home, 'serve') as other:
+        if other:
             raise TentacleError(
                 'Another `tentacle.py serve` of %s runs already: use that one, or stop it'
                 % settings.home
@@ -9515,6 +10340,7 @@ def _serve(arguments: Any) -> int:
         relay.start()
         say('Server for polling tentacles on: %s' % server.address)
         logger.info('Stopping: %s', signal.Signals(signals.wait()).name)
+        signals.close()
         relay.stop()
         jobs.stop()
         server.stop()
@@ -11384,7 +12210,7 @@ class _Service:
             if is_new:
                 os.unlink(self._path)
             raise
-        runs_as = user or ('root' if self._is_root else _user_name())
+        runs_as = user or ('root' if self._is_root else user_name())
         say('Service installed: %s, as %s, to run as %s' % (self.name, self._path, runs_as))
         if not self._is_root:
             say('So that it runs while nobody is logged in: loginctl enable-linger')
@@ -11420,13 +12246,7 @@ class _Service:
         for path in {folder, settings.home}:
             if not instances_folder().startswith(os.path.join(path, '')):  # that one is for all
                 os.chown(path, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
-        with contextlib.suppress(FileExistsError):
-            os.close(
-                os.open(os.path.join(settings.home, 'poll.lock'), os.O_CREAT | os.O_EXCL, 0o600)
-            )
-        lock = os.path.join(settings.home, 'poll.lock')
-        os.chown(lock, owner.pw_uid, owner.pw_gid, follow_symlinks=False)
-        for part in ('Logs', 'Work', '.uploads'):
+        for part in ('Logs', 'Work', 'Scripts', 'agents', '.uploads'):
             top = os.path.join(settings.home, part)
             with contextlib.suppress(FileExistsError):
                 os.mkdir(top, 0o700)
@@ -12875,6 +13695,7 @@ def _run_ours(command: Command, words: List[str]) -> int:
         parser.error('%s is not known here%s' % (printable(' '.join(unknown)), near))
     arguments.words = words[cut + 1 :]
     _log_to_stderr(logging.DEBUG if arguments.verbose else logging.INFO)
+    arguments.command = command.name
     return command.function(arguments)
 
 
@@ -13020,6 +13841,7 @@ def _run_original(command: Command, words: List[str]) -> int:
     if not arguments.noconsolelogging:
         quiet = logging.INFO if command.name == 'agent' else logging.WARNING
         _log_to_stderr(logging.DEBUG if arguments.verbose else quiet)
+    arguments.command = command.name
     return command.function(arguments)
 
 
@@ -13093,6 +13915,29 @@ def _own_handlers() -> Iterator[None]:
                     handler.close()
 
 
+def _leave_init_behind() -> None:
+    """As process 1, of a container: go on as a child. The parent forwards signals, reaps whatever
+    it inherits, and leaves with the child's exit code.
+    """
+    names = ('SIGTERM', 'SIGINT', 'SIGHUP', 'SIGQUIT', 'SIGUSR1', 'SIGUSR2', 'SIGCHLD')
+    numbers = [getattr(signal, name) for name in names]
+    signal.pthread_sigmask(signal.SIG_BLOCK, numbers)
+    child = os.fork()
+    if child == 0:
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, numbers)
+        return
+    while True:
+        number = signal.sigwait(numbers)
+        if number != signal.SIGCHLD:
+            os.kill(child, number)
+            continue
+        pid = -1
+        while pid:
+            pid, status = os.waitpid(-1, os.WNOHANG)
+            if pid == child:
+                os._exit(128 + os.WTERMSIG(status) if os.WIFSIGNALED(status) else status >> 8)
+
+
 def main(argv: Optional[Sequence[str]] = None) -> int:
     """Run a command line; the exit code. Nothing but a bug comes out as a traceback."""
     if os.name != 'posix':
@@ -13113,14 +13958,20 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     for stream in (sys.stdin, sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # and no stand-in of somebody who embeds us
             stream.reconfigure(errors='backslashreplace')
-    if argv is None and sys.argv[1:] == ['_launcher']:
+    if argv is None and sys.argv[1:2] == ['_launcher']:
         channel = socket.socket(fileno=os.dup(0))
         os.dup2(os.open(os.devnull, os.O_RDONLY), 0)  # or each supervisor would keep it open
+        set_title('tentacle.py launcher')
+        _limit_descriptors(int(sys.argv[2]) if sys.argv[2] else None)
         run_launcher(channel)
         return 0
     if argv is None and signal.getsignal(signal.SIGINT) == signal.SIG_DFL:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     words = list(sys.argv[1:] if argv is None else argv)
+    if argv is None and words and words[0] in _RESIDENT_VERBS:
+        if os.getpid() == 1:
+            _leave_init_behind()
+        set_title('tentacle.py ' + words[0])
     while len(words) > 1 and words[0].lower() in _LEADING_FLAGS:
         words.append(words.pop(0))
     command = _command_of(words)
