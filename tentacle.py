@@ -109,8 +109,8 @@ if __name__ == '__main__' and '_code' not in globals() and __spec__ is None:
     if sys.argv[1:2] and sys.argv[1] in _RESIDENT_VERBS:
         _descriptor = code_descriptor()
         os.set_inheritable(_descriptor, True)
-        _command = code_command(_descriptor, *sys.argv[1:])
-        os.execv(_command[0], _command)
+        _words = code_command(_descriptor, *sys.argv[1:])
+        os.execv(_words[0], _words)
 
 import base64
 import codecs
@@ -410,14 +410,14 @@ def start_connection_thread(name: str, target: Callable[..., None], *args: Any) 
     to be had; `Thread.start` would wait for ever for one that died at its birth.
     """
 
-    def run() -> None:
+    def begin() -> None:
         try:
             threading.current_thread().name = name
             target(*args)
         finally:  # `threading` would list it until another thread has its number (before 3.12)
             getattr(threading, '_active', {}).pop(_thread.get_ident(), None)
 
-    _thread.start_new_thread(run, ())
+    _thread.start_new_thread(begin, ())
 
 
 # ---- 4. Certificates and thumbprints -------------------------------------------------------------
@@ -1978,6 +1978,11 @@ _FIXED_SIZES: Dict[int, Tuple[int, Callable[[bytes], Any]]] = {
 }
 
 
+def _pieces_of(file: Any) -> Iterator[bytes]:
+    file.seek(0)
+    return iter(lambda: file.read(1 << 18), b'')
+
+
 class BsonReader:
     """Reads documents from a source, within a budget of elements and of nesting; arrays under the
     names in `encoded` stay EncodedArray, of which nothing but the size is checked.
@@ -2066,9 +2071,17 @@ class BsonReader:
         return array, size + 5
 
 
-def _pieces_of(file: Any) -> Iterator[bytes]:
-    file.seek(0)
-    return iter(lambda: file.read(1 << 18), b'')
+def read_bson(
+    source: ByteSource, limit: int, elements: int, nesting: int, encoded: Container[str]
+) -> Dict[str, Any]:
+    """The one document that a source gives, up to the source's end."""
+    try:
+        document, _ = BsonReader(source, elements, nesting, encoded).document(limit)
+    except (struct.error, UnicodeDecodeError) as error:
+        raise ProtocolError('BSON: %s' % error)
+    if not source.is_at_end():
+        raise ProtocolError('BSON: there are bytes after the end of the document')
+    return document
 
 
 def decode_bson(
@@ -2081,19 +2094,6 @@ def decode_bson(
     bytes, EncodedArray. Raises ProtocolError for anything else, and over the budget.
     """
     return read_bson(ByteSource(data), len(data), elements, nesting, encoded)
-
-
-def read_bson(
-    source: ByteSource, limit: int, elements: int, nesting: int, encoded: Container[str]
-) -> Dict[str, Any]:
-    """The one document that a source gives, up to the source's end."""
-    try:
-        document, _ = BsonReader(source, elements, nesting, encoded).document(limit)
-    except (struct.error, UnicodeDecodeError) as error:
-        raise ProtocolError('BSON: %s' % error)
-    if not source.is_at_end():
-        raise ProtocolError('BSON: there are bytes after the end of the document')
-    return document
 
 
 def documents_in(pieces: Iterable[bytes], keyed: bool = False) -> Iterator[List[bytes]]:
@@ -3735,15 +3735,22 @@ def remove_folder(path: str) -> bool:
     return True
 
 
-def read_small(path: str, limit: int = 1 << 16) -> bytes:
-    """A regular file of ours, at most `limit` bytes of it: nothing that stands in its place makes
-    us wait or grow. Raises OSError; ValueError for what is no file.
+def open_ours(path: str) -> Any:
+    """Open a regular file of ours to read, unbuffered: nothing that stands in its place makes us
+    wait. Raises OSError; ValueError for what is no file.
     """
     flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
-    with open(os.open(path, flags), 'rb', buffering=0) as file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise ValueError('%s is not a file' % path)
-        return file.read(limit) or b''
+    descriptor = os.open(path, flags)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise ValueError('%s is not a file' % path)
+    return open(descriptor, 'rb', buffering=0)
+
+
+def read_small(path: str, limit: int = 1 << 16) -> bytes:
+    """At most so many bytes of a file of ours. Raises as `open_ours`."""
+    with open_ours(path) as file:
+        return file.read(limit)
 
 
 class Liveness:
@@ -3783,6 +3790,99 @@ class Liveness:
         poll = select.poll()
         poll.register(self._reader, 0)
         return bool(poll.poll(seconds * 1000))
+
+
+# -- the processes of a script, by Linux' /proc
+
+
+def process_facts(pid: Any) -> List[bytes]:
+    """The fields of /proc/PID/stat from the third on (proc(5)); none where it can not tell."""
+    try:
+        with open('/proc/%s/stat' % pid, 'rb') as file:
+            return file.read().rpartition(b')')[2].split()
+    except OSError:
+        return []
+
+
+def boot_id() -> bytes:
+    try:
+        with open('/proc/sys/kernel/random/boot_id', 'rb') as file:
+            return file.read().strip()
+    except OSError:
+        return b'-'
+
+
+def session_facts(pid: Any) -> bytes:
+    """What names a session of this process for ever: its number, its start and the boot."""
+    return b'%d %b %b\n' % (pid, (process_facts(pid) + [b'-'] * 20)[19], boot_id())
+
+
+def _session_of(pid: int) -> int:
+    try:
+        return os.getsid(pid)
+    except OSError:
+        return 0
+
+
+def end_session(path: str) -> bool:
+    """SIGKILL to all processes of the session that `session_facts` in a file name; whether none is
+    left. Nobody else's process is touched: where the session's leader is gone, its number may be
+    another's by now, and a process must have the script's environment.
+    """
+    try:
+        session, start, boot = read_small(path).split()[:3]
+        number = int(session)
+    except ValueError:
+        return True  # no process of the script was made yet
+    if boot != boot_id() and b'-' not in (boot, boot_id()):
+        return True  # the machine was started anew
+    if not process_facts('self') or start == b'-':
+        return False
+    mark = os.fsencode('TentacleScriptTicket=' + os.path.basename(os.path.dirname(path)))
+    for _ in range(100):
+        leader = process_facts(number)
+        if leader and leader[19] != start:
+            return True  # the number is another's, so nobody was left
+        members = [int(pid) for pid in os.listdir('/proc') if pid.isdigit()]
+        members = [pid for pid in members if _session_of(pid) == number]
+        living = [pid for pid in members if process_facts(pid)[:1] not in ([], [b'Z'])]
+        if not living:
+            return True
+        for pid in living:
+            with contextlib.suppress(OSError):
+                with open('/proc/%d/environ' % pid, 'rb') as file:
+                    if not leader and mark not in file.read().split(b'\0'):
+                        return False
+                os.kill(pid, signal.SIGKILL)
+        time.sleep(0.01)
+    return False
+
+
+def set_title(title: str) -> None:
+    """Have `ps` show a title in the place of the command line, where that can be; never raises."""
+    with contextlib.suppress(OSError, ValueError, IndexError):
+        begin, end = (int(field) for field in process_facts('self')[45:47])
+        if 0 < begin < end:
+            with open('/proc/self/mem', 'r+b', buffering=0) as memory:
+                memory.seek(begin)
+                memory.write(title.encode()[: end - begin - 1].ljust(end - begin, b'\0'))
+
+
+def change_oom_score(score: bytes) -> Optional[bytes]:
+    """Ask the kernel to kill this process sooner or later than others, where it may be asked; what
+    it was before, None when it stays so.
+    """
+    try:
+        with open('/proc/self/oom_score_adj', 'r+b', buffering=0) as file:
+            before = file.read(20)
+            file.seek(0)
+            file.write(score)
+            return before
+    except OSError:
+        return None
+
+
+# -- the folder of a script
 
 
 class ScriptFolder:
@@ -3912,9 +4012,6 @@ def ticket_folders(scripts: str) -> List[ScriptFolder]:
     return []
 
 
-# -- the processes of a script, by Linux' /proc
-
-
 def descendants(root: int) -> List[int]:
     """The processes below a process; none where /proc can not tell."""
     found: List[int] = []
@@ -3932,91 +4029,51 @@ def descendants(root: int) -> List[int]:
     return found
 
 
-def process_facts(pid: Any) -> List[bytes]:
-    """The fields of /proc/PID/stat from the third on (proc(5)); none where it can not tell."""
-    try:
-        with open('/proc/%s/stat' % pid, 'rb') as file:
-            return file.read().rpartition(b')')[2].split()
-    except OSError:
-        return []
+# -- completed tickets
 
 
-def boot_id() -> bytes:
-    try:
-        with open('/proc/sys/kernel/random/boot_id', 'rb') as file:
-            return file.read().strip()
-    except OSError:
-        return b'-'
+def _completed_folder(scripts: str) -> str:
+    return os.path.join(scripts, '.completed')
 
 
-def session_facts(pid: Any) -> bytes:
-    """What names a session of this process for ever: its number, its start and the boot."""
-    return b'%d %b %b\n' % (pid, (process_facts(pid) + [b'-'] * 20)[19], boot_id())
+def completed_exit_code(scripts: str, ticket: str) -> Optional[int]:
+    """The exit code of a completed ticket that is still remembered. Raises OSError."""
+    folder = _completed_folder(scripts)
+    with contextlib.suppress(FileNotFoundError):
+        for hour in os.listdir(folder):
+            with contextlib.suppress(FileNotFoundError, ValueError):
+                return int(os.readlink(os.path.join(folder, hour, ticket)).split()[0])
+    return None
 
 
-def end_session(path: str) -> bool:
-    """SIGKILL to all processes of the session that `session_facts` in a file name; whether none is
-    left. Nobody else's process is touched: where the session's leader is gone, its number may be
-    another's by now, and a process must have the script's environment.
-    """
-    try:
-        session, start, boot = read_small(path).split()[:3]
-        number = int(session)
-    except ValueError:
-        return True  # no process of the script was made yet
-    if boot != boot_id() and b'-' not in (boot, boot_id()):
-        return True  # the machine was started anew
-    if not process_facts('self') or start == b'-':
-        return False
-    mark = os.fsencode('TentacleScriptTicket=' + os.path.basename(os.path.dirname(path)))
-    for _ in range(100):
-        leader = process_facts(number)
-        if leader and leader[19] != start:
-            return True  # the number is another's, so nobody was left
-        members = [int(pid) for pid in os.listdir('/proc') if pid.isdigit()]
-        members = [pid for pid in members if _session_of(pid) == number]
-        living = [pid for pid in members if process_facts(pid)[:1] not in ([], [b'Z'])]
-        if not living:
-            return True
-        for pid in living:
-            with contextlib.suppress(OSError):
-                with open('/proc/%d/environ' % pid, 'rb') as file:
-                    if not leader and mark not in file.read().split(b'\0'):
-                        return False
-                os.kill(pid, signal.SIGKILL)
-        time.sleep(0.01)
-    return False
+def remember_completed(scripts: str, ticket: str, exit_code: int) -> None:
+    """Atomic, and nothing is opened: a link whose target is exit code and time. Raises OSError."""
+    now = time.time()
+    folder = os.path.join(_completed_folder(scripts), '%010d' % (now // 3600))
+    os.makedirs(folder, mode=0o700, exist_ok=True)
+    with contextlib.suppress(FileExistsError):
+        os.symlink('%d %d' % (exit_code, now), os.path.join(folder, ticket))
 
 
-def _session_of(pid: int) -> int:
-    try:
-        return os.getsid(pid)
-    except OSError:
-        return 0
-
-
-def set_title(title: str) -> None:
-    """Have `ps` show a title in the place of the command line, where that can be; never raises."""
-    with contextlib.suppress(OSError, ValueError, IndexError):
-        begin, end = (int(field) for field in process_facts('self')[45:47])
-        if 0 < begin < end:
-            with open('/proc/self/mem', 'r+b', buffering=0) as memory:
-                memory.seek(begin)
-                memory.write(title.encode()[: end - begin - 1].ljust(end - begin, b'\0'))
-
-
-def change_oom_score(score: bytes) -> Optional[bytes]:
-    """Ask the kernel to kill this process sooner or later than others, where it may be asked; what
-    it was before, None when it stays so.
-    """
-    try:
-        with open('/proc/self/oom_score_adj', 'r+b', buffering=0) as file:
-            before = file.read(20)
-            file.seek(0)
-            file.write(score)
-            return before
-    except OSError:
-        return None
+def forget_completed(scripts: str, limits: Limits = LIMITS) -> None:
+    """Forget what was completed a day ago, and the oldest hours beyond a count. Raises OSError."""
+    folder = _completed_folder(scripts)
+    with contextlib.suppress(FileNotFoundError):
+        hours = sorted(name for name in os.listdir(folder) if name.isdigit())
+        counts = {hour: len(os.listdir(os.path.join(folder, hour))) for hour in hours}
+        total = sum(counts.values())
+        for hour in hours:
+            is_old = int(hour) * 3600 < time.time() - limits.remembered - 3600
+            if total > limits.remembered_tickets:
+                logger.warning(
+                    'More than %d scripts were completed within a day: the %d oldest are forgotten',
+                    limits.remembered_tickets,
+                    counts[hour],
+                )
+            elif not is_old:
+                return
+            total -= counts[hour]
+            remove_folder(os.path.join(folder, hour))
 
 
 # -- the log
@@ -4138,6 +4195,25 @@ class LineSplitter:
         return [line[i : i + self._limit] for i in range(0, len(line), self._limit)]
 
 
+def _read_up_to(file: Any, size: int) -> Iterator[bytes]:
+    while size > 0:
+        data = file.read(min(size, 1 << 18))
+        if not data:
+            return
+        size -= len(data)
+        yield data
+
+
+def _size_of_keys(count: int) -> int:
+    """Bytes of the types, indices and NULs of so many elements of an array."""
+    total, least, digits = 0, 0, 1
+    while least < count:
+        most = min(count, 10**digits)
+        total += (most - least) * (digits + 2)
+        least, digits = most, digits + 1
+    return total
+
+
 class LogReader:
     """Reads scripts' logs, for status answers. Any thread may call.
 
@@ -4149,18 +4225,18 @@ class LogReader:
 
     def __init__(self, limits: Limits = LIMITS):
         self._limits = limits
-        self._hints: 'OrderedDict[str, Tuple[int, int, int]]' = OrderedDict()
+        #: path -> inode, and (number, offset) of where the last answer began, and ended
+        self._hints: 'OrderedDict[str, Tuple[int, Any]]' = OrderedDict()
         self._lock = threading.Lock()
 
     def read(self, path: str, after: int, tail: bytes = b'') -> Tuple[EncodedArray, int, bool]:
         """(the entries after the `after`-th, those of `tail` behind the log's, as elements of an
         array; how many there are; whether there are more). Raises OSError.
         """
-        flags = os.O_RDONLY | os.O_NONBLOCK | os.O_NOFOLLOW | os.O_CLOEXEC
         try:
-            file = open(os.open(path, flags), 'rb', buffering=0)
-        except FileNotFoundError:  # a ticket that is being completed
-            file = open(os.devnull, 'rb', buffering=0)
+            file = open_ours(path)
+        except (FileNotFoundError, ValueError):  # it is being completed, or spoilt
+            file = io.BytesIO()
         begin, end, number, count, more = self._measure(file, path, after)
         behind: List[bytes] = []
         if not more:
@@ -4187,13 +4263,10 @@ class LogReader:
         """(offset of the entry behind the `after`-th, offset and number of the last one that fits
         into an answer, how many these are, whether more follow)
         """
-        details = os.fstat(file.fileno())
-        if not stat.S_ISREG(details.st_mode):
-            return 0, 0, 0, 0, False
+        inode = 0 if isinstance(file, io.BytesIO) else os.fstat(file.fileno()).st_ino
         with self._lock:
-            inode, number, at = self._hints.pop(path, (0, 0, 0))
-        if inode != details.st_ino or number > after:
-            number = at = 0
+            known, places = self._hints.pop(path, (inode, ()))
+        number, at = max((p for p in places if p[0] <= after and known == inode), default=(0, 0))
         file.seek(at)
         begin, first, more = at, number, False
         try:
@@ -4210,7 +4283,7 @@ class LogReader:
         except ProtocolError as error:
             logger.error('%s is damaged behind its line %d: %s', path, number, error)
         with self._lock:
-            self._hints[path] = details.st_ino, number, at
+            self._hints[path] = inode, ((first, begin), (number, at))
             if len(self._hints) > self._MOST_HINTS:
                 self._hints.popitem(last=False)
         return begin, at, number, number - first, more
@@ -4218,25 +4291,6 @@ class LogReader:
     def _fits(self, count: int, size: int, document: bytes) -> bool:
         limits = self._limits
         return count < limits.log_answer_lines and size + len(document) <= limits.log_answer_bytes
-
-
-def _read_up_to(file: Any, size: int) -> Iterator[bytes]:
-    while size > 0:
-        data = file.read(min(size, 1 << 18))
-        if not data:
-            return
-        size -= len(data)
-        yield data
-
-
-def _size_of_keys(count: int) -> int:
-    """Bytes of the types, indices and NULs of so many elements of an array."""
-    total, least, digits = 0, 0, 1
-    while least < count:
-        most = min(count, 10**digits)
-        total += (most - least) * (digits + 2)
-        least, digits = most, digits + 1
-    return total
 
 
 _ARGUMENT_PART = re.compile(r'(\\*)("?)([^\\" \t]*)([ \t]*)')
@@ -4908,53 +4962,6 @@ class Launcher:
             self._discard()
 
 
-# -- completed tickets
-
-
-def _completed_folder(scripts: str) -> str:
-    return os.path.join(scripts, '.completed')
-
-
-def completed_exit_code(scripts: str, ticket: str) -> Optional[int]:
-    """The exit code of a completed ticket that is still remembered. Raises OSError."""
-    folder = _completed_folder(scripts)
-    with contextlib.suppress(FileNotFoundError):
-        for hour in os.listdir(folder):
-            with contextlib.suppress(FileNotFoundError, ValueError):
-                return int(os.readlink(os.path.join(folder, hour, ticket)).split()[0])
-    return None
-
-
-def remember_completed(scripts: str, ticket: str, exit_code: int) -> None:
-    """Atomic, and nothing is opened: a link whose target is exit code and time. Raises OSError."""
-    now = time.time()
-    folder = os.path.join(_completed_folder(scripts), '%010d' % (now // 3600))
-    os.makedirs(folder, mode=0o700, exist_ok=True)
-    with contextlib.suppress(FileExistsError):
-        os.symlink('%d %d' % (exit_code, now), os.path.join(folder, ticket))
-
-
-def forget_completed(scripts: str, limits: Limits = LIMITS) -> None:
-    """Forget what was completed a day ago, and the oldest hours beyond a count. Raises OSError."""
-    folder = _completed_folder(scripts)
-    with contextlib.suppress(FileNotFoundError):
-        hours = sorted(name for name in os.listdir(folder) if name.isdigit())
-        counts = {hour: len(os.listdir(os.path.join(folder, hour))) for hour in hours}
-        total = sum(counts.values())
-        for hour in hours:
-            is_old = int(hour) * 3600 < time.time() - limits.remembered - 3600
-            if total > limits.remembered_tickets:
-                logger.warning(
-                    'More than %d scripts were completed within a day: the %d oldest are forgotten',
-                    limits.remembered_tickets,
-                    counts[hour],
-                )
-            elif not is_old:
-                return
-            total -= counts[hour]
-            remove_folder(os.path.join(folder, hour))
-
-
 # -- the agent's view
 
 
@@ -4962,6 +4969,14 @@ class ScriptStatus(NamedTuple):
     state: int  # PENDING, RUNNING or COMPLETE
     exit_code: int
     tail: bytes = b''  # the entries behind the log
+
+
+def _age(path: str) -> float:
+    """Seconds since a file was written; negative for what is not there."""
+    try:
+        return time.time() - os.lstat(path).st_mtime
+    except FileNotFoundError:
+        return -1
 
 
 class Scripts:
@@ -5302,14 +5317,6 @@ class Scripts:
             logger.info('Script %s was removed: nobody completed it', folder.ticket)
 
 
-def _age(path: str) -> float:
-    """Seconds since a file was written; negative for what is not there."""
-    try:
-        return time.time() - os.lstat(path).st_mtime
-    except FileNotFoundError:
-        return -1
-
-
 class ScriptCleaner:
     """Looks after the scripts of a home at its start and from time to time, in a thread of its own."""
 
@@ -5345,96 +5352,6 @@ class ScriptCleaner:
         self._stop.set()
         if self._thread is not None:
             self._thread.join(LIMITS.stop)
-
-
-# -- the agents of a home
-
-
-class AgentRecord:
-    """`<home>/agents/PID`, which says who runs here (verb, arguments, since, version), and is locked
-    (flock) as long as that lasts.
-
-    Raises TentacleError where the home's file system has no locks that work.
-    """
-
-    def __init__(self, home: str, verb: str, arguments: str):
-        self._folder = os.path.join(home, 'agents')
-        os.makedirs(self._folder, mode=0o700, exist_ok=True)
-        facts = {'pid': os.getpid(), 'verb': verb, 'arguments': arguments}
-        facts.update(since=iso_time(int(time.time() * 1000)), version=__version__)
-        self.text = '%s, process %d, since %s' % (verb, os.getpid(), facts['since'])
-        for number in itertools.count():
-            self.name = str(os.getpid()) + '-%d' % number * bool(number)
-            self._descriptor = self._open(self.name)
-            if _lock(self._descriptor) and self._is_there():
-                break
-            os.close(self._descriptor)
-        other = self._open(self.name)
-        try:
-            if _lock(other):
-                self.close()
-                raise TentacleError(_NO_LOCKS % home)
-        finally:
-            os.close(other)
-        os.ftruncate(self._descriptor, 0)
-        os.write(self._descriptor, json.dumps(facts).encode())
-
-    def _open(self, name: str) -> int:
-        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        return os.open(os.path.join(self._folder, name), flags, 0o600)
-
-    def _is_there(self) -> bool:
-        """It was not removed between being opened and being locked."""
-        with contextlib.suppress(FileNotFoundError):
-            there = os.stat(os.path.join(self._folder, self.name))
-            return os.path.samestat(there, os.fstat(self._descriptor))
-        return False
-
-    def others(self) -> Set[str]:
-        """The names of the other agents that run; the records of those that do not are removed."""
-        living = set()
-        for name in os.listdir(self._folder):
-            if name == self.name or not name[:1].isdigit():
-                continue
-            with contextlib.suppress(FileNotFoundError):
-                descriptor = self._open_there(name)
-                try:
-                    if _lock(descriptor):
-                        os.unlink(os.path.join(self._folder, name))
-                    else:
-                        living.add(name)
-                finally:
-                    os.close(descriptor)
-        return living
-
-    def _open_there(self, name: str) -> int:
-        return os.open(os.path.join(self._folder, name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
-
-    def close(self) -> None:
-        with contextlib.suppress(OSError):
-            os.unlink(os.path.join(self._folder, self.name))
-        os.close(self._descriptor)
-
-
-_NO_LOCKS = (
-    'The locks of the file system of %s do not work, so scripts could run twice: choose a folder on '
-    'another one with --home DIR'
-)
-
-
-def _lock(descriptor: int) -> bool:
-    """Try to lock a file of ours; False when another has it. Raises TentacleError."""
-    import fcntl
-
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        return True
-    except BlockingIOError:
-        return False
-    except OSError as error:
-        if error.errno in _STARVED:
-            raise
-        raise TentacleError(_NO_LOCKS % 'the home' + ' (%s)' % error.strerror)
 
 
 # ---- 14. Tentacle services -----------------------------------------------------------------------
@@ -5733,6 +5650,93 @@ class FileTransferService:
             raise TentacleError('%s is not a file' % path)
         audit('file-read', path=path, bytes=details.st_size)
         return DataStream(details.st_size, lambda: file)  # type: ignore[arg-type,return-value]
+
+
+_NO_LOCKS = (
+    'The locks of the file system of %s do not work, so scripts could run twice: choose a folder on '
+    'another one with --home DIR'
+)
+
+
+def _lock(descriptor: int) -> bool:
+    """Try to lock a file of ours; False when another has it. Raises TentacleError."""
+    import fcntl
+
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return True
+    except BlockingIOError:
+        return False
+    except OSError as error:
+        if error.errno in _STARVED:
+            raise
+        raise TentacleError(_NO_LOCKS % 'the home' + ' (%s)' % error.strerror)
+
+
+class AgentRecord:
+    """`<home>/agents/PID`, which says who runs here (verb, arguments, since, version), and is locked
+    (flock) as long as that lasts.
+
+    Raises TentacleError where the home's file system has no locks that work.
+    """
+
+    def __init__(self, home: str, verb: str, arguments: str):
+        self._folder = os.path.join(home, 'agents')
+        os.makedirs(self._folder, mode=0o700, exist_ok=True)
+        facts = {'pid': os.getpid(), 'verb': verb, 'arguments': arguments}
+        facts.update(since=iso_time(int(time.time() * 1000)), version=__version__)
+        self.text = '%s, process %d, since %s' % (verb, os.getpid(), facts['since'])
+        for number in itertools.count():
+            self.name = str(os.getpid()) + '-%d' % number * bool(number)
+            self._descriptor = self._open(self.name)
+            if _lock(self._descriptor) and self._is_there():
+                break
+            os.close(self._descriptor)
+        other = self._open(self.name)
+        try:
+            if _lock(other):
+                self.close()
+                raise TentacleError(_NO_LOCKS % home)
+        finally:
+            os.close(other)
+        os.ftruncate(self._descriptor, 0)
+        os.write(self._descriptor, json.dumps(facts).encode())
+
+    def _open(self, name: str) -> int:
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(os.path.join(self._folder, name), flags, 0o600)
+
+    def _is_there(self) -> bool:
+        """It was not removed between being opened and being locked."""
+        with contextlib.suppress(FileNotFoundError):
+            there = os.stat(os.path.join(self._folder, self.name))
+            return os.path.samestat(there, os.fstat(self._descriptor))
+        return False
+
+    def others(self) -> Set[str]:
+        """The names of the other agents that run; the records of those that do not are removed."""
+        living = set()
+        for name in os.listdir(self._folder):
+            if name == self.name or not name[:1].isdigit():
+                continue
+            with contextlib.suppress(FileNotFoundError):
+                descriptor = self._open_there(name)
+                try:
+                    if _lock(descriptor):
+                        os.unlink(os.path.join(self._folder, name))
+                    else:
+                        living.add(name)
+                finally:
+                    os.close(descriptor)
+        return living
+
+    def _open_there(self, name: str) -> int:
+        return os.open(os.path.join(self._folder, name), os.O_RDWR | os.O_NOFOLLOW | os.O_CLOEXEC)
+
+    def close(self) -> None:
+        with contextlib.suppress(OSError):
+            os.unlink(os.path.join(self._folder, self.name))
+        os.close(self._descriptor)
 
 
 class AgentServices:
@@ -9811,6 +9815,27 @@ def _start_audit(settings: Settings) -> None:
     audit_logger.setLevel(logging.INFO)
 
 
+def _allow_many_descriptors() -> Optional[int]:
+    """A connection takes one, and the usual soft limit is 1,024: have the hard limit; the soft one
+    that we were given.
+    """
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
+    with contextlib.suppress(ValueError, OSError):
+        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
+    return soft if soft > 0 else None
+
+
+def _limit_descriptors(soft: Optional[int]) -> None:
+    import resource
+
+    if soft is not None:
+        with contextlib.suppress(ValueError, OSError):
+            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
+            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
+
+
 def _agent_services(arguments: Any, settings: Settings) -> AgentServices:
     """Raises TentacleError when the home can not be used."""
     _start_audit(settings)
@@ -9934,27 +9959,6 @@ def _sole_listener(arguments: Any, settings: Settings) -> Iterator[None]:
                 'a home of its own with --home DIR' % (settings.home, holder)
             )
         yield
-
-
-def _allow_many_descriptors() -> Optional[int]:
-    """A connection takes one, and the usual soft limit is 1,024: have the hard limit; the soft one
-    that we were given.
-    """
-    import resource
-
-    soft, hard = resource.getrlimit(resource.RLIMIT_NOFILE)
-    with contextlib.suppress(ValueError, OSError):
-        resource.setrlimit(resource.RLIMIT_NOFILE, (hard, hard))
-    return soft if soft > 0 else None
-
-
-def _limit_descriptors(soft: Optional[int]) -> None:
-    import resource
-
-    if soft is not None:
-        with contextlib.suppress(ValueError, OSError):
-            hard = resource.getrlimit(resource.RLIMIT_NOFILE)[1]
-            resource.setrlimit(resource.RLIMIT_NOFILE, (soft, hard))
 
 
 def _file_is_sound() -> bool:
