@@ -1183,6 +1183,7 @@ class SocketStream:
         self._leftover = b''
         self._deadline: Optional[float] = None
         self.on_close: Callable[[], None] = lambda: None
+        self.idle_since = 0.0  #: of `time.monotonic`, while its peer has no call under way
 
     def fileno(self) -> int:
         """For `selectors`."""
@@ -3428,8 +3429,10 @@ class MessageExchange:
                 return
             self._serve_one(message, handle)
             self.stream.set_timeout(limits.idle)
+            self.stream.idle_since = time.monotonic()
             if not self.asks_for_more():
                 return
+            self.stream.idle_since = 0.0
 
     def as_subscriber(
         self,
@@ -3576,7 +3579,7 @@ class ServiceRegistry:
         except ServiceError as error:
             audit('call-failed', reason=printable(error), **facts)
             return Response(request.id, error=error)
-        except (TentacleError, OSError) as error:
+        except (TentacleError, OSError, MemoryError) as error:
             audit('call-failed', reason=printable(error), **facts)
             logger.warning(
                 '%s.%s failed: %s',
@@ -3750,7 +3753,7 @@ def open_ours(path: str) -> Any:
 def read_small(path: str, limit: int = 1 << 16) -> bytes:
     """At most so many bytes of a file of ours. Raises as `open_ours`."""
     with open_ours(path) as file:
-        return file.read(limit)
+        return file.read(min(limit, os.fstat(file.fileno()).st_size))
 
 
 class Liveness:
@@ -4281,7 +4284,7 @@ class LogReader:
                 if more:
                     break
         except ProtocolError as error:
-            logger.error('%s is damaged behind its line %d: %s', path, number, error)
+            logger.error('%s is damaged behind its line %d: %s', path, number, str(error))
         with self._lock:
             self._hints[path] = inode, ((first, begin), (number, at))
             if len(self._hints) > self._MOST_HINTS:
@@ -4566,7 +4569,8 @@ class Supervisor:
             self._lock = os.open(self._folder.inner('request'), os.O_RDWR | os.O_CLOEXEC)
             fcntl.lockf(self._lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             # Read by this descriptor: closing another one of the file would give the lock back.
-            self._request = json.loads(os.pread(self._lock, LIMITS.request_bytes, 0).decode())
+            size = min(os.fstat(self._lock).st_size, LIMITS.request_bytes)
+            self._request = json.loads(os.pread(self._lock, size, 0).decode())
             return not self._folder.has('result')
         except (OSError, ValueError):
             return False
@@ -4702,7 +4706,7 @@ class Supervisor:
         started = os.open(self._folder.inner('started'), os.O_WRONLY | os.O_CLOEXEC)
         failure, failed = os.pipe()
         before = change_oom_score(b'-500')
-        self._script = os.fork()
+        self._script = self._fork()
         if self._script == 0:
             try:
                 os.setsid()
@@ -4725,6 +4729,14 @@ class Supervisor:
             os.close(descriptor)
         with open(failure, 'rb') as file:
             return file.read().decode()
+
+    def _fork(self) -> int:
+        """Where the system has no process to give at this moment, the script waits for one."""
+        for _ in range(600):
+            with contextlib.suppress(BlockingIOError, MemoryError):
+                return os.fork()
+            time.sleep(0.1)
+        return os.fork()
 
     def _follow(self) -> None:
         """Wait for the script's end; for that of all its descendants, when it was cancelled."""
@@ -4872,7 +4884,11 @@ def run_launcher(channel: socket.socket) -> None:
     getattr(gc, 'freeze', int)()  # the supervisors share these pages as long as nobody writes them
     while True:
         reader, writer = os.pipe()
-        if os.fork() == 0:
+        try:
+            is_child = os.fork() == 0
+        except OSError:
+            return  # the agent will start another launcher when there is room
+        if is_child:
             os.close(reader)
             _be_supervisor(channel, writer, prctl)
         os.close(writer)
@@ -5395,8 +5411,9 @@ def _patiently(function: Callable[[], Any]) -> Any:
     while True:
         try:
             return function()
-        except OSError as error:
-            if error.errno not in _STARVED or time.monotonic() > deadline:
+        except (OSError, MemoryError) as error:
+            is_starved = getattr(error, 'errno', errno.ENOMEM) in _STARVED
+            if not is_starved or time.monotonic() > deadline:
                 raise
             time.sleep(0.1)
 
@@ -5935,7 +5952,7 @@ class SecureListener(socketserver.TCPServer):
                 # The connection stays in the queue, so this would spin: make room, or wait until
                 # there is some.
                 logger.error('A connection can not be accepted: %s', error.strerror)
-                if not self._drop_oldest_stranger():
+                if not self._make_room():
                     time.sleep(0.1)
             raise
 
@@ -5948,6 +5965,8 @@ class SecureListener(socketserver.TCPServer):
             crowded = len(self._strangers) > self._max_strangers
         if crowded:
             self._drop_oldest_stranger()
+        if not self._has_spare_descriptors():
+            self._make_room()
         try:
             start_connection_thread('connection ' + peer, self._connection, sock, peer)
         except BaseException:
@@ -5973,6 +5992,33 @@ class SecureListener(socketserver.TCPServer):
             self._max_strangers,
         )
         return True
+
+    _SPARE_DESCRIPTORS = 6  # what a handshake and a call need for a moment
+
+    def _has_spare_descriptors(self) -> bool:
+        taken: List[int] = []
+        try:
+            for _ in range(self._SPARE_DESCRIPTORS):
+                taken.append(os.dup(self.fileno()))
+            return True
+        except OSError:
+            return False
+        finally:
+            for descriptor in taken:
+                os.close(descriptor)
+
+    def _make_room(self) -> bool:
+        return self._drop_idle_peer() or self._drop_oldest_stranger()
+
+    def _drop_idle_peer(self) -> bool:
+        """End the connection that has been without a call for longest: its owner dials anew."""
+        with self._lock:
+            idle = {sock: stream for sock, stream in self._peers.items() if stream.idle_since}
+            if idle:
+                sock = min(idle, key=lambda sock: idle[sock].idle_since)
+                idle[sock].idle_since = 0.0
+                _hang_up(sock)
+            return bool(idle)
 
     # -- the thread of a connection
 
@@ -6048,9 +6094,11 @@ class SecureListener(socketserver.TCPServer):
         with self._lock:
             if self._strangers.pop(sock, None) is None or self._stopping:
                 return False  # dropped at the last moment
-            if len(self._peers) < self._max_connections:
+            has_room = len(self._peers) < self._max_connections
+        if has_room or self._drop_idle_peer():
+            with self._lock:
                 self._peers[sock] = stream
-                return True
+            return True
         logger.warning(
             '%s: closed, %d connections of trusted peers are open already',
             stream.peer,

@@ -14,6 +14,7 @@ import base64
 import concurrent.futures
 import contextlib
 import ctypes
+import errno
 import functools
 import hashlib
 import http.server
@@ -3246,6 +3247,330 @@ def test_a_folder_that_is_not_ours_is_left_alone(client, shared_agent):
         v2(client, 'StartScript', start_command('true', 'precious'))
     assert os.listdir(precious) == ['sub']
     shutil.rmtree(precious)
+
+
+#: Scripts and the entries that the original made of their output (captures/vectors/output-lines).
+OUTPUT_LINES = [
+    ("printf 'a\\rb\\n'", [(0, 'a'), (0, 'b')]),
+    ("printf 'a\\r\\nb\\n'", [(0, 'a'), (0, 'b')]),
+    ("printf 'a\\r\\r\\nb\\n'", [(0, 'a'), (0, ''), (0, 'b')]),
+    ("printf 'a\\n\\rb\\n'", [(0, 'a'), (0, ''), (0, 'b')]),
+    ("printf 'a\\r'; sleep 0.5; printf '\\nb\\n'", [(0, 'a'), (0, 'b')]),
+    ("printf 'a\\r'", [(0, 'a')]),
+    ("printf 'a\\nb'", [(0, 'a'), (0, 'b')]),
+    ("printf 'a'; sleep 0.5; printf 'b\\n'", [(0, 'ab')]),
+    ("printf '\\n\\na\\n\\n'", [(0, ''), (0, ''), (0, 'a'), (0, '')]),
+    ("printf '  a \\t\\n \\n'", [(0, '  a \t'), (0, ' ')]),
+    ("printf 'a\\0b\\n'", [(0, 'a\x00b')]),
+    ("printf 'a\\xff\\xfeb\\xc3\\n'", [(0, 'a��b�')]),
+    ("printf 'a\\xc3'; sleep 0.5; printf '\\xa4\\n'", [(0, 'aä')]),
+    ("printf '\\xef\\xbb\\xbfa\\n\\xef\\xbb\\xbfb\\n'", [(0, '\ufeffa'), (0, '\ufeffb')]),
+    ("printf 'a\\xc2\\x85b\\xe2\\x80\\xa8c\\fd\\ve\\n'", [(0, 'a\x85b\u2028c\x0cd\x0be')]),
+    ("printf '\\033[31mred\\033[0m\\n'", [(0, '\x1b[31mred\x1b[0m')]),
+    ("printf '\\xed\\xa0\\x80\\n'", [(0, '���')]),
+    ("printf '\\xf0\\x9f\\x90\\x99\\n'", [(0, '🐙')]),
+    ('head -c 75000 /dev/zero | base64 -w0; echo', [(0, 'A' * 100000)]),
+    ("printf 'x\\ry\\n' >&2", [(1, 'x'), (1, 'y')]),
+]
+
+
+def test_lines_are_the_originals(shared_agent, keys):
+    def lines_of(script):
+        lines = []
+        with tentacle.TentacleClient(shared_agent.endpoint, keys['server']) as client:
+            client.run_script(script, lines.append)
+        return [(line.source, line.text) for line in lines if not line.remark]
+
+    got = in_threads(lines_of, [script for script, _ in OUTPUT_LINES])
+    for (script, expected), lines in zip(OUTPUT_LINES, got):
+        assert lines == expected, script
+
+
+def test_a_line_of_ten_megabytes_is_whole_and_a_longer_one_is_cut(client):
+    lines = []
+    body = 'head -c %d /dev/zero | tr "\\0" x; echo; echo y'
+    assert client.run_script(body % LIMITS.log_line, lines.append) == 0
+    assert [len(line.text) for line in lines if not line.remark] == [LIMITS.log_line, 1]
+    lines.clear()
+    assert client.run_script(body % (LIMITS.log_line + 5), lines.append) == 0
+    assert [len(line.text) for line in lines if not line.remark] == [LIMITS.log_line, 5, 1]
+    assert any('too long' in line.text for line in lines if line.remark)
+
+
+ENLARGED_PIPE = """
+import fcntl, os
+fcntl.fcntl(1, 1031, 1 << 20)
+data = b''.join(b'line %d\\n' % i for i in range(60000))
+sent = 0
+while sent < len(data):
+    sent += os.write(1, data[sent:])
+os.kill(os.getpid(), 9)
+"""
+
+
+def test_what_is_in_a_large_pipe_at_the_end_is_read(client):
+    lines = []
+    body = 'exec %s -c %s' % (sys.executable, shlex.quote(ENLARGED_PIPE))
+    assert client.run_script(body, lines.append) == 137
+    own = [line.text for line in lines if not line.remark]
+    assert own == ['line %d' % i for i in range(60000)]
+
+
+def spec_of(ticket, body, **members):
+    values = dict(task_id='ServerTasks-' + ticket, isolation=0, mutex_name='m', mutex_timeout=0)
+    values.update(members)
+    return tentacle.ScriptSpec(ticket, body, files=[], arguments='', **values)
+
+
+@contextlib.contextmanager
+def agents_of(home, count=2, **limits):
+    """Several agents of one home, in this process; their Scripts."""
+    services = [
+        tentacle.AgentServices(str(home), limits=LIMITS._replace(**limits)) for _ in range(count)
+    ]
+    try:
+        for one in services:
+            one.start()
+        yield [one.scripts for one in services]
+    finally:
+        for one in services:
+            one.stop()
+
+
+def ended(scripts, ticket):
+    """(exit code, own lines) of a script once it is complete."""
+
+    def ask():
+        status = scripts.status(ticket)
+        return status if status and status.state == tentacle.COMPLETE else None
+
+    status = eventually(ask, 20)
+    entries = list(tentacle.LogEntries(scripts.log(ticket, 0, status.tail)[0]))
+    return status.exit_code, [entry.text for entry in entries]
+
+
+def test_the_mutex_holds_between_agents_of_a_home(tmp_path):
+    gate = tmp_path / 'gate'
+    with agents_of(tmp_path / 'home') as (one, other):
+        body = 'while [ ! -e %s ]; do sleep 0.02; done; echo first' % gate
+        one.start(spec_of('1', body, isolation=1))
+        eventually(lambda: one.status('1').state == tentacle.RUNNING)
+        other.start(spec_of('2', 'test -e %s && echo second' % gate))
+        log = str(tmp_path / 'home' / 'Scripts' / '2' / 'log')
+        eventually(lambda: b'[ServerTasks-1]' in open_bytes(log))
+        assert one.status('2').state == other.status('2').state == tentacle.PENDING
+        gate.write_text('')
+        assert 'first' in ended(other, '1')[1]
+        code, lines = ended(one, '2')
+        assert code == 0 and 'second' in lines
+        assert sum('Waiting for the script in task' in line for line in lines) == 1
+        one.complete('1'), one.complete('2')
+    assert left_of(tmp_path / 'home') == []
+    assert os.listdir(str(tmp_path / 'home' / 'agents')) == []
+
+
+def supervisor_of(home, ticket):
+    """The process that has a script in hand, by its title."""
+    title = b'tentacle.py script ' + ticket.encode()
+    for pid in os.listdir('/proc'):
+        with contextlib.suppress(OSError):
+            if pid.isdigit() and open_bytes('/proc/%s/cmdline' % pid).startswith(title):
+                return int(pid)
+
+
+def test_who_takes_the_mutex_ends_what_a_dead_supervisor_left(tmp_path):
+    mark = 'MARK' + tentacle.new_ticket()
+    with agents_of(tmp_path / 'home', 1) as (scripts,):
+        body = 'export %s=1; trap "" TERM; sleep 1000 & sleep 1000 & wait' % mark
+        scripts.start(spec_of('dead', body, isolation=1))
+        eventually(lambda: len(processes_with(mark)) >= 2)
+        scripts.start(spec_of('next', 'grep -l %s /proc/[0-9]*/environ 2> /dev/null' % mark, isolation=1))
+        os.kill(eventually(lambda: supervisor_of(tmp_path, 'dead')), signal.SIGKILL)
+        code, lines = ended(scripts, 'next')
+        assert code != 0 and not any('environ' in line for line in lines)
+        assert processes_with(mark) == []
+        code, lines = ended(scripts, 'dead')
+        assert code == -46 and 'is unknown' in lines[-1] and 'may still run' not in lines[-1]
+        scripts.complete('dead'), scripts.complete('next')
+
+
+def test_what_can_not_be_ended_is_said(tmp_path, monkeypatch):
+    """As where there is no /proc."""
+    with agents_of(tmp_path / 'home', 1) as (scripts,):
+        scripts.start(spec_of('t', 'echo $$; sleep 1000'))
+        pid = eventually(lambda: supervisor_of(tmp_path, 't'))
+        eventually(lambda: scripts.status('t').state == tentacle.RUNNING)
+        session = eventually(lambda: open_bytes(str(tmp_path / 'home/Scripts/t/started')).split())[0]
+        monkeypatch.setattr(tentacle, 'process_facts', lambda pid: [])
+        os.kill(pid, signal.SIGKILL)
+        code, lines = ended(scripts, 't')
+        assert code == -46 and 'may still run' in lines[-1]
+        os.killpg(int(session), signal.SIGKILL)
+        scripts.complete('t')
+
+
+def test_a_session_of_another_process_is_left_alone(tmp_path):
+    """Its number was ours once: the leader began at another time, or the machine was booted."""
+    other = subprocess.Popen(['sleep', '1000'], start_new_session=True)
+    try:
+        facts = tentacle.session_facts(other.pid).split()
+        path = tmp_path / 'started'
+        for changed in ([facts[0], b'1', facts[2]], [facts[0], facts[1], b'another-boot']):
+            path.write_bytes(b' '.join(changed))
+            assert tentacle.end_session(str(path)) is True and other.poll() is None
+        path.write_bytes(b' ' * 200)
+        assert tentacle.end_session(str(path)) is True and other.poll() is None
+        path.write_bytes(b' '.join(facts))
+        other_thread = threading.Thread(target=other.wait)  # so that it does not stay a zombie
+        other_thread.start()
+        assert tentacle.end_session(str(path)) is True
+        other_thread.join()
+        assert other.poll() == -signal.SIGKILL
+    finally:
+        with contextlib.suppress(ProcessLookupError):
+            other.kill()
+        other.wait()
+
+
+def test_too_few_descriptors_say_nothing_about_a_script(tmp_path):
+    with agents_of(tmp_path / 'home', 1) as (scripts,):
+        scripts.start(spec_of('t', 'sleep 1000'))
+        eventually(lambda: scripts.status('t').state == tentacle.RUNNING)
+        limits = resource.getrlimit(resource.RLIMIT_NOFILE)
+        for call in (scripts.status, scripts.complete, scripts.cancel):
+            resource.setrlimit(resource.RLIMIT_NOFILE, (3, limits[1]))
+            try:
+                with pytest.raises(OSError) as caught:
+                    call('t')
+                scripts.clean(0)
+            finally:
+                resource.setrlimit(resource.RLIMIT_NOFILE, limits)
+            assert caught.value.errno == errno.EMFILE
+            assert scripts.status('t').state == tentacle.RUNNING
+        scripts.complete('t')
+
+
+@pytest.mark.parametrize('name', ['request', 'started', 'result', 'alive', 'log', 'old'])
+@pytest.mark.parametrize('kind', ['fifo', 'folder', 'sparse', 'link'])
+def test_what_a_script_puts_into_its_folder_holds_nobody_up(tmp_path, name, kind):
+    with agents_of(tmp_path / 'home', 1) as (scripts,):
+        scripts.start(spec_of('t', 'exit 3'))
+        ended(scripts, 't')
+        path = str(tmp_path / 'home' / 'Scripts' / 't' / name)
+        with contextlib.suppress(FileNotFoundError):
+            os.unlink(path)
+        if kind == 'fifo':
+            os.mkfifo(path)
+        elif kind == 'folder':
+            os.mkdir(path)
+        elif kind == 'link':
+            os.symlink('/dev/zero', path)
+        else:
+            with open(path, 'wb') as file:
+                file.truncate(3 << 30)
+        for call in (scripts.status, scripts.cancel, lambda ticket: scripts.log(ticket, 0, b'')):
+            with contextlib.suppress(OSError):
+                call('t')
+        scripts.clean(-1)
+        with contextlib.suppress(OSError):
+            scripts.complete('t')
+        assert memory_kb(os.getpid()) < 400 << 10
+
+
+def test_completed_tickets_are_remembered_for_a_day_and_within_a_bound(tmp_path, monkeypatch):
+    scripts, now = str(tmp_path), time.time()
+    clock = [now]
+    monkeypatch.setattr(tentacle.time, 'time', lambda: clock[0])
+    for hours in range(30):
+        clock[0] = now + hours * 3600
+        tentacle.remember_completed(scripts, 'ticket-%d' % hours, hours)
+    tentacle.forget_completed(scripts)
+    known = [tentacle.completed_exit_code(scripts, 'ticket-%d' % hours) for hours in range(30)]
+    assert known[5:] == list(range(5, 30)) and known[:3] == [None] * 3
+    tentacle.forget_completed(scripts, LIMITS._replace(remembered_tickets=10))
+    known = [tentacle.completed_exit_code(scripts, 'ticket-%d' % hours) for hours in range(30)]
+    assert known == [None] * 20 + list(range(20, 30))
+    assert tentacle.completed_exit_code(scripts, 'other') is None
+
+
+def test_a_launcher_that_hangs_is_replaced(tmp_path):
+    """Stopped itself, or its supervisor in waiting: neither holds up the next script for long."""
+    with agents_of(tmp_path / 'home', 1, launch=0.3) as (scripts,):
+        scripts.start(spec_of('first', 'true'))
+        ended(scripts, 'first')
+        for victim in (0, 1):
+            launcher = scripts._launcher._process.pid
+            processes = [launcher, eventually(lambda: below(launcher))[0]]
+            os.kill(processes[victim], signal.SIGSTOP)
+            for number in range(2):
+                ticket = '%d-%d' % (victim, number)
+                scripts.start(spec_of(ticket, 'exit 4'))
+                assert ended(scripts, ticket)[0] == 4
+            eventually(lambda: not os.path.exists('/proc/%d/environ' % launcher))
+
+
+def test_an_agent_that_died_while_it_prepared_a_script_leaves_nothing(tmp_path):
+    with agents_of(tmp_path / 'home', 1) as (scripts,):
+        folder = tentacle.ScriptFolder(str(tmp_path / 'home' / 'Scripts'), 't')
+        hold = folder.make()
+        (tmp_path / 'home' / 'Work' / 't').mkdir()
+        assert scripts.status('t').state == tentacle.PENDING
+        os.close(hold)
+        assert scripts.status('t') is None
+        assert left_of(tmp_path / 'home') == []
+        scripts.start(spec_of('t', 'exit 8'))
+        assert ended(scripts, 't')[0] == 8
+
+
+def test_a_cancel_ahead_of_the_start_is_kept_without_anybody_alive(tmp_path):
+    with agents_of(tmp_path / 'home', 1) as (scripts,):
+        scripts._launcher.launch = lambda order: None  # it was lost
+        scripts.start(spec_of('t', 'echo no'))
+        scripts.cancel('t')
+        status = scripts.status('t')
+        assert (status.state, status.exit_code) == (tentacle.COMPLETE, -43)
+        scripts.complete('t')
+    assert left_of(tmp_path / 'home') == []
+
+
+def test_random_kills(tmp_path):
+    """Two agents of a home; launchers, supervisors and whole agents die at random moments. Each
+    script runs once, its log is whole, its code true.
+    """
+    chance, home, runs = random.Random(7), tmp_path / 'home', tmp_path / 'runs'
+    runs.mkdir()
+    bodies = {
+        'instant': ('', [], 3),
+        'many': ('seq 1 3000', [str(i) for i in range(1, 3001)], 3),
+        'slow': ('for i in 1 2 3 4 5; do echo $i; sleep 0.03; done', list('12345'), 3),
+        'wiping': ('echo a; rm -rf *; sleep 0.05; echo b', ['a', 'b'], 3),
+    }
+    with agents_of(home) as agents:
+        for number in range(40):
+            kind = chance.choice(sorted(bodies))
+            body, lines, code = bodies[kind]
+            ticket = '%s-%d' % (kind, number)
+            body = 'echo x >> %s/%s; %s; exit %d' % (runs, ticket, body or ':', code)
+            scripts, other = chance.sample(agents, 2)
+            scripts.start(spec_of(ticket, body, isolation=chance.randint(0, 1)))
+            harm = chance.choice(['launcher', 'supervisor', 'nothing'])
+            killed = False
+            if harm == 'launcher' and scripts._launcher._process:
+                scripts._launcher._process.kill()
+            elif harm == 'supervisor':
+                pid = supervisor_of(home, ticket)
+                if pid:
+                    with contextlib.suppress(ProcessLookupError):
+                        os.kill(pid, signal.SIGKILL)
+                        killed = True
+            got, told = ended(other, ticket)
+            own = [line for line in told if line in lines]
+            assert got == code or (killed and got == -46), ticket
+            assert own == lines[: len(own)] and (got == -46 or own == lines), ticket
+            ran = runs / ticket
+            assert (ran.exists() and ran.read_text() == 'x\n') or got == -46, ticket
+            scripts.complete(ticket)
+    assert left_of(home) == []
 
 
 # ---- 14. Tentacle services -----------------------------------------------------------------------
