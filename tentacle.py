@@ -399,15 +399,20 @@ def user_name() -> str:
 
 
 def start_thread(name: str, target: Callable[..., None], *args: Any) -> threading.Thread:
-    """Start a daemon thread: a thread of ours never keeps the process from ending."""
+    """Start a daemon thread: a thread of ours never keeps the process from ending. Raises OSError
+    where there is none to be had.
+    """
     thread = threading.Thread(target=target, args=args, name=name, daemon=True)
-    thread.start()
+    try:
+        thread.start()
+    except RuntimeError as error:
+        raise OSError(errno.EAGAIN, str(error))
     return thread
 
 
 def start_connection_thread(name: str, target: Callable[..., None], *args: Any) -> None:
-    """Start a thread that nobody joins. Raises RuntimeError, MemoryError at once where there is none
-    to be had; `Thread.start` would wait for ever for one that died at its birth.
+    """Start a thread that nobody joins. Raises OSError at once where there is none to be had;
+    `Thread.start` would wait for ever for one that died at its birth.
     """
 
     def begin() -> None:
@@ -417,7 +422,10 @@ def start_connection_thread(name: str, target: Callable[..., None], *args: Any) 
         finally:  # `threading` would list it until another thread has its number (before 3.12)
             getattr(threading, '_active', {}).pop(_thread.get_ident(), None)
 
-    _thread.start_new_thread(begin, ())
+    try:
+        _thread.start_new_thread(begin, ())
+    except (RuntimeError, MemoryError) as error:
+        raise OSError(errno.EAGAIN, str(error))
 
 
 # ---- 4. Certificates and thumbprints -------------------------------------------------------------
@@ -3926,6 +3934,21 @@ class ScriptFolder:
         with Liveness(self.inner('alive')) as liveness:
             return not liveness.ended()
 
+    def has_no_supervisor(self) -> bool:
+        """Of a script that has started: nobody has the request locked. True a moment before `alive`
+        has ended for everybody.
+        """
+        import fcntl
+
+        descriptor = os.open(self.inner('request'), os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)
+        try:
+            fcntl.lockf(descriptor, fcntl.LOCK_SH | fcntl.LOCK_NB)
+            return True
+        except BlockingIOError:
+            return False
+        finally:
+            os.close(descriptor)
+
     def write_request(self, facts: Dict[str, Any]) -> None:
         """The last step of the preparation."""
         for name, size in (('started.new', 200), ('result.new', self._RESULT_SIZE)):
@@ -4347,7 +4370,8 @@ class IsolationMutex:
     Fair: who waits holds the byte beside it, a turnstile, so new readers do not starve a writer.
     For single-threaded processes: the wait is the call itself, which signals end. Closing any
     descriptor of the file would give the locks back, so it is open once; behind `above`, since
-    those of a process that is killed are closed in their order.
+    those of a process that is killed are closed in their order: who gets the lock then sees that
+    the request of its last holder is locked no more.
     """
 
     _STEP = 5.0  # seconds: a signal just ahead of the call is not seen by it
@@ -4598,7 +4622,7 @@ class Supervisor:
     def _wait_and_run(self, log: LogWriter) -> Tuple[int, List[Tuple[int, str]]]:
         request = self._request
         path = os.path.join(self._order['scripts'], '.mutex')
-        mutex = IsolationMutex(path, request['mutex_name'], self._alive)
+        mutex = IsolationMutex(path, request['mutex_name'], self._lock)
         is_full = request['isolation'] == FULL_ISOLATION
         waited_for: List[str] = []
 
@@ -4614,7 +4638,7 @@ class Supervisor:
                 return self._end_of_wait(waited_for)
             os._exit(0)  # whoever has it says how it ends
         for folder in self._others():
-            if folder.has('started') and not folder.is_alive() and folder.result() is None:
+            if folder.has('started') and folder.has_no_supervisor() and folder.result() is None:
                 folder.bury()
         if not self._folder.claim_start():
             os._exit(0)
@@ -4995,6 +5019,21 @@ def _age(path: str) -> float:
         return -1
 
 
+def patiently(function: Callable[[], Any]) -> Any:
+    """Try again for some seconds where the system has too little of something: what a peer is told
+    would be the end of its script.
+    """
+    deadline = time.monotonic() + 10
+    while True:
+        try:
+            return function()
+        except (OSError, MemoryError, ImportError) as error:
+            is_starved = getattr(error, 'errno', errno.ENOMEM) in _STARVED
+            if not is_starved or time.monotonic() > deadline:
+                raise
+            time.sleep(0.1)
+
+
 class Scripts:
     """The scripts of a home, by ticket, for every service that runs scripts. Any thread may call;
     other agents may have the same home. Raises OSError where the system has too little of
@@ -5032,8 +5071,8 @@ class Scripts:
         """Start a script, or leave it at the one that has this ticket already. Raises ServiceError.
         """
         deadline = time.monotonic() + self._limits.start_wait
-        while self.status(spec.ticket) is None:
-            hold = self._claim(spec.ticket)
+        while patiently(lambda: self.status(spec.ticket)) is None:
+            hold = patiently(lambda: self._claim(spec.ticket))
             if hold is not None:
                 try:
                     self._begin(spec)
@@ -5154,8 +5193,15 @@ class Scripts:
     def _begin(self, spec: ScriptSpec) -> None:
         """Prepare a script that is ours to prepare, and hand it to a supervisor."""
         folder = self._folder(spec.ticket)
+        workspace = os.path.join(self._work, spec.ticket)
         try:
-            self._write_workspace(spec)
+            os.makedirs(self._work, mode=0o700, exist_ok=True)
+            os.mkdir(workspace, 0o700)
+        except OSError:  # a folder that is not ours, or no room
+            self._remove(folder.path)
+            raise
+        try:
+            self._write_workspace(workspace, spec)
             isolation = 'FullIsolation' if spec.isolation == FULL_ISOLATION else 'NoIsolation'
             text = 'Acquiring isolation mutex %s with %s in %s'
             text %= (spec.mutex_name, isolation, spec.task_id)
@@ -5165,6 +5211,7 @@ class Scripts:
             request = dict(spec._replace(body='', files=[])._asdict(), agent=self._name())
             folder.write_request(request)
         except BaseException:
+            self._remove(workspace)
             self._remove(folder.path)
             raise
         logger.info('Script %s of %s starts', spec.ticket, printable(spec.task_id))
@@ -5182,20 +5229,13 @@ class Scripts:
             'sha256': request['sha256'],
         }
 
-    def _write_workspace(self, spec: ScriptSpec) -> None:
+    def _write_workspace(self, path: str, spec: ScriptSpec) -> None:
         """The script and its files. Raises ServiceError, OSError."""
-        path = os.path.join(self._work, spec.ticket)
-        os.makedirs(self._work, mode=0o700, exist_ok=True)
-        os.mkdir(path, 0o700)
-        try:
-            with open(os.path.join(path, BOOTSTRAP), 'w', encoding='utf-8', newline='\n') as file:
-                file.write(spec.body.replace('\r\n', '\n'))
-            os.chmod(os.path.join(path, BOOTSTRAP), 0o700)
-            for script_file in spec.files:
-                self._write_file(path, script_file)
-        except BaseException:
-            self._remove(path)
-            raise
+        with open(os.path.join(path, BOOTSTRAP), 'w', encoding='utf-8', newline='\n') as file:
+            file.write(spec.body.replace('\r\n', '\n'))
+        os.chmod(os.path.join(path, BOOTSTRAP), 0o700)
+        for script_file in spec.files:
+            self._write_file(path, script_file)
 
     @staticmethod
     def _write_file(workspace: str, file: ScriptFile) -> None:
@@ -5227,9 +5267,9 @@ class Scripts:
         }
         try:
             self._launcher.launch(order)
-        except OSError as error:
+        except (OSError, MemoryError, ImportError) as error:
             logger.error('Script %s can not be started now: %s', folder.ticket, error)
-            is_for_good = error.errno in (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
+            is_for_good = getattr(error, 'errno', 0) in (errno.ENOENT, errno.EACCES, errno.ENOEXEC)
             if is_for_good and folder.claim_start():
                 text = 'The script could not be started: %s' % error
                 folder.write_result(FATAL_EXIT_CODE, [(STDERR, text)])
@@ -5403,21 +5443,6 @@ def _spec(ticket: str, command: Any) -> ScriptSpec:
     )
 
 
-def _patiently(function: Callable[[], Any]) -> Any:
-    """Try again for some seconds where the system has too little of something: what a peer is told
-    would be the end of its script.
-    """
-    deadline = time.monotonic() + 10
-    while True:
-        try:
-            return function()
-        except (OSError, MemoryError) as error:
-            is_starved = getattr(error, 'errno', errno.ENOMEM) in _STARVED
-            if not is_starved or time.monotonic() > deadline:
-                raise
-            time.sleep(0.1)
-
-
 class _ScriptCalls:
     """What both script services do; `status_type` is the contract of their answers, and
     `unknown_exit_code` that of a ticket nobody knows.
@@ -5438,12 +5463,12 @@ class _ScriptCalls:
         """A script's status answer; complete only together with the last of its log."""
         after = max(after, 0)
         known = _TICKET_PATTERN.match(ticket)
-        status = _patiently(lambda: self._scripts.status(ticket)) if known else None
+        status = patiently(lambda: self._scripts.status(ticket)) if known else None
         if status is None:
             status = ScriptStatus(COMPLETE, self.unknown_exit_code)
             logs, count, more = EncodedArray(0, list), 0, False
         else:
-            logs, count, more = _patiently(lambda: self._scripts.log(ticket, after, status.tail))
+            logs, count, more = patiently(lambda: self._scripts.log(ticket, after, status.tail))
         return self.status_type(
             ticket=ScriptTicket(task_id=ticket),
             logs=LogEntries(logs),
@@ -5454,12 +5479,12 @@ class _ScriptCalls:
 
     def _cancel(self, ticket: str, after: int) -> Any:
         if _TICKET_PATTERN.match(ticket):
-            _patiently(lambda: self._scripts.cancel(ticket))
+            patiently(lambda: self._scripts.cancel(ticket))
         return self._status(ticket, after)
 
     def _complete(self, ticket: str) -> None:
         if _TICKET_PATTERN.match(ticket):
-            _patiently(lambda: self._scripts.complete(ticket))
+            patiently(lambda: self._scripts.complete(ticket))
 
 
 class ScriptServiceV2(_ScriptCalls):
@@ -7419,7 +7444,7 @@ class PollingServer:
         self._take_from_idle(poller)
         try:
             start_connection_thread('connection ' + poller.stream.peer, self._poll, poller)
-        except (RuntimeError, MemoryError) as error:  # the system has none to give
+        except OSError as error:  # the system has none to give
             logger.error('%s: %s', poller.stream.peer, error)
             self._make_idle(poller)
 
@@ -7596,7 +7621,7 @@ class Relay:
                 sock, _ = self._sock.accept()
                 stream = SocketStream(sock, 'a local client')
                 start_connection_thread('relayed call', self._serve, stream)
-            except (OSError, RuntimeError, MemoryError) as error:  # no descriptor, or no thread, to be had
+            except OSError as error:  # no descriptor, or no thread, to be had
                 if not self._stopping:
                     logger.error('A local client can not be served: %s', error)
                     time.sleep(0.1)
@@ -9625,6 +9650,7 @@ class SignalWaiter:
     def __init__(self, *signals: int):
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
+        self._signals = signals
         signal.set_wakeup_fd(self._writer.fileno())
         for number in signals:
             signal.signal(number, lambda number, frame: None)
@@ -9633,12 +9659,21 @@ class SignalWaiter:
         """The number of the signal that came, 0 for `wake`."""
         return self._reader.recv(1)[0]
 
+    def has_come(self, *numbers: int) -> bool:
+        """Whether one of these came since. The last question but `close`."""
+        self._reader.setblocking(False)
+        with contextlib.suppress(BlockingIOError):
+            return bool(set(self._reader.recv(4096)).intersection(numbers))
+        return False
+
     def wake(self) -> None:
         """End a wait. Any thread may call."""
         self._writer.send(b'\0')
 
     def close(self) -> None:
         """Signals that come from here on change nothing: we are stopping already."""
+        for number in self._signals:
+            signal.signal(number, signal.SIG_IGN)
         signal.set_wakeup_fd(-1)
         self._reader.close()
         self._writer.close()
@@ -10025,14 +10060,12 @@ def _file_is_sound() -> bool:
     except (OSError, subprocess.TimeoutExpired) as error:
         logger.error('SIGUSR2: the file on the disk is not taken: %s', error)
         return False
-    if done.returncode != 0:
-        said = done.stdout.decode('utf-8', 'replace').strip().rpartition('\n')[2]
-        logger.error(
-            'SIGUSR2: the file on the disk is not taken, `version` ends with code %d: %s',
-            done.returncode,
-            printable(said),
-        )
-    return done.returncode == 0
+    said = done.stdout.decode('utf-8', 'replace').strip().rpartition('\n')[2]
+    is_sound = done.returncode == 0 and bool(re.match(r'[0-9]+\.[0-9]+', said))
+    if not is_sound:
+        text = 'SIGUSR2: the file on the disk is not taken, `version` ends with code %d: %s'
+        logger.error(text, done.returncode, printable(said or 'it says nothing'))
+    return is_sound
 
 
 def _stay(
@@ -10078,13 +10111,15 @@ def _stay(
         _notify('STOPPING=1')
     audit('agent-stopped')
     watch.stop()
-    signals.close()
+    if not starts_anew:
+        signals.close()
     for agent in agents:
         agent.stop()
     services.stop()
-    if starts_anew:
+    if starts_anew and not signals.has_come(signal.SIGTERM, signal.SIGINT):
         _limit_descriptors(services.descriptors)
         program = sys.executable or '/proc/self/exe'
+        signal.signal(signal.SIGUSR2, signal.SIG_IGN)  # until the new one listens to it
         os.execv(program, [program, '-I', os.path.abspath(__file__)] + sys.argv[1:])
     return 0 if number else 1
 
@@ -14037,8 +14072,8 @@ def main(argv: Optional[Sequence[str]] = None) -> int:
     except BrokenPipeError:  # who read our output has left
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         return 1
-    except OSError as error:
-        _complain(str(error))
+    except (OSError, MemoryError) as error:
+        _complain(str(error) or 'there is not enough memory')
         return 1
 
 
