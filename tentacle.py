@@ -388,6 +388,7 @@ def audit(event: str, **facts: Any) -> None:
         audit_logger.info(json.dumps(entry))
 
 
+@functools.lru_cache(maxsize=None)
 def user_name() -> str:
     """Of this process's user; its number where it has no name."""
     import pwd
@@ -3720,6 +3721,11 @@ class ScriptSpec(NamedTuple):
 
 def remove_tree(path: str) -> None:
     """Remove a folder as far as we may, following no symbolic link. Never raises."""
+    with contextlib.suppress(OSError):  # most have no folders in them
+        for name in os.listdir(path):
+            os.unlink(os.path.join(path, name))
+        os.rmdir(path)
+        return
     import shutil
 
     shutil.rmtree(path, ignore_errors=True)
@@ -3836,16 +3842,16 @@ def _session_of(pid: int) -> int:
 
 
 def end_session(path: str) -> bool:
-    """SIGKILL to all processes of the session that `session_facts` in a file name; whether none is
-    left. Nobody else's process is touched: where the session's leader is gone, its number may be
-    another's by now, and a process must have the script's environment.
+    """SIGKILL to all processes of the session that a script's `started` names; whether none is
+    left. Nobody else's process is touched: where the session's leader is gone its number may be
+    another's by now, and where it is not known yet no number helps; then a process must have the
+    script's environment.
     """
-    try:
-        session, start, boot = read_small(path).split()[:3]
-        number = int(session)
-    except ValueError:
+    facts = read_small(path).split()[:3]
+    if not facts:
         return True  # no process of the script was made yet
-    if boot != boot_id() and b'-' not in (boot, boot_id()):
+    number, start, boot = ([int(facts[0])] + facts[1:]) if len(facts) == 3 else (0, b'', boot_id())
+    if boot != boot_id():
         return True  # the machine was started anew
     if not process_facts('self') or start == b'-':
         return False
@@ -3854,19 +3860,25 @@ def end_session(path: str) -> bool:
         leader = process_facts(number)
         if leader and leader[19] != start:
             return True  # the number is another's, so nobody was left
-        members = [int(pid) for pid in os.listdir('/proc') if pid.isdigit()]
-        members = [pid for pid in members if _session_of(pid) == number]
+        pids = [int(pid) for pid in os.listdir('/proc') if pid.isdigit()]
+        members = [pid for pid in pids if not number or _session_of(pid) == number]
         living = [pid for pid in members if process_facts(pid)[:1] not in ([], [b'Z'])]
-        if not living:
-            return True
-        for pid in living:
+        ours = [pid for pid in living if leader or mark in _environment_of(pid)]
+        if not ours:
+            return not (number and living)
+        for pid in ours:
             with contextlib.suppress(OSError):
-                with open('/proc/%d/environ' % pid, 'rb') as file:
-                    if not leader and mark not in file.read().split(b'\0'):
-                        return False
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     return False
+
+
+def _environment_of(pid: int) -> List[bytes]:
+    try:
+        with open('/proc/%d/environ' % pid, 'rb') as file:
+            return file.read().split(b'\0')
+    except OSError:
+        return []
 
 
 def set_title(title: str) -> None:
@@ -3879,18 +3891,10 @@ def set_title(title: str) -> None:
                 memory.write(title.encode()[: end - begin - 1].ljust(end - begin, b'\0'))
 
 
-def change_oom_score(score: bytes) -> Optional[bytes]:
-    """Ask the kernel to kill this process sooner or later than others, where it may be asked; what
-    it was before, None when it stays so.
-    """
-    try:
-        with open('/proc/self/oom_score_adj', 'r+b', buffering=0) as file:
-            before = file.read(20)
-            file.seek(0)
-            file.write(score)
-            return before
-    except OSError:
-        return None
+def lower_oom_score() -> None:
+    """Ask the kernel to kill others ahead of this process, where it may be asked."""
+    with contextlib.suppress(OSError), open('/proc/self/oom_score_adj', 'wb', buffering=0) as file:
+        file.write(b'-500')
 
 
 # -- the folder of a script
@@ -4075,10 +4079,13 @@ def completed_exit_code(scripts: str, ticket: str) -> Optional[int]:
 def remember_completed(scripts: str, ticket: str, exit_code: int) -> None:
     """Atomic, and nothing is opened: a link whose target is exit code and time. Raises OSError."""
     now = time.time()
-    folder = os.path.join(_completed_folder(scripts), '%010d' % (now // 3600))
-    os.makedirs(folder, mode=0o700, exist_ok=True)
+    link = os.path.join(_completed_folder(scripts), '%010d' % (now // 3600), ticket)
     with contextlib.suppress(FileExistsError):
-        os.symlink('%d %d' % (exit_code, now), os.path.join(folder, ticket))
+        try:
+            os.symlink('%d %d' % (exit_code, now), link)
+        except FileNotFoundError:
+            os.makedirs(os.path.dirname(link), mode=0o700, exist_ok=True)
+            os.symlink('%d %d' % (exit_code, now), link)
 
 
 def forget_completed(scripts: str, limits: Limits = LIMITS) -> None:
@@ -4551,6 +4558,30 @@ class _Pump:
         self._put(b'', final=True)
 
 
+def _spawn_session(command: List[str], environment: Dict[str, str], outputs: List[int]) -> int:
+    """The id of a process that leads a session of its own, with these stdout and stderr. Raises
+    OSError, ValueError.
+    """
+    try:
+        actions = [(os.POSIX_SPAWN_DUP2, output, number) for number, output in enumerate(outputs, 1)]
+        return os.posix_spawn(
+            command[0],
+            command,
+            environment,
+            file_actions=actions,
+            setsid=True,
+            setsigdef=[signal.SIGPIPE, signal.SIGXFSZ],
+        )
+    except (AttributeError, NotImplementedError):  # before Python 3.8, or an old libc
+        import subprocess
+
+        process = subprocess.Popen(
+            command, env=environment, stdout=outputs[0], stderr=outputs[1], start_new_session=True
+        )
+        process.returncode = 0  # we reap it, not `subprocess`
+        return process.pid
+
+
 class Supervisor:
     """Sees one script through, from its turn at the isolation mutex to its result: the life of a
     single-threaded process.
@@ -4609,6 +4640,7 @@ class Supervisor:
             text = 'The supervisor of the script failed: %s: %s' % (type(error).__name__, error)
             exit_code, last = UNKNOWN_RESULT_EXIT_CODE, [(STDERR, text)]
         self._write_result(exit_code, log.close() + last)
+        os.close(self._alive)  # ahead of all that the end of a process takes
 
     def _write_result(self, exit_code: int, lines: List[Tuple[int, str]]) -> None:
         try:
@@ -4627,6 +4659,7 @@ class Supervisor:
         waited_for: List[str] = []
 
         def say_who_holds_it() -> None:
+            set_title('tentacle.py script ' + self._folder.ticket)
             waited_for.extend(self._holders())
             text = waiting_text(waited_for, request['task_id'], is_full)
             log.say(STDOUT, '##octopus[stdout-wait]', text, '##octopus[stdout-default]')
@@ -4704,6 +4737,7 @@ class Supervisor:
         command = [shell, os.path.join(self._workspace, BOOTSTRAP)]
         command += split_arguments(self._request['arguments'])
         error = self._spawn(command, [writer for _, writer in ends])
+        set_title('tentacle.py script ' + self._folder.ticket)
         if error:
             return FATAL_EXIT_CODE, [(STDERR, 'The script could not be run: ' + error)]
         line_limit = self._order['line_limit']
@@ -4724,43 +4758,32 @@ class Supervisor:
         return code, [last]
 
     def _spawn(self, command: List[str], outputs: List[int]) -> str:
-        """Make the script's process, which names its session in `started` before anything of the
-        script runs. What went wrong, or ''.
-        """
-        started = os.open(self._folder.inner('started'), os.O_WRONLY | os.O_CLOEXEC)
-        failure, failed = os.pipe()
-        before = change_oom_score(b'-500')
-        self._script = self._fork()
-        if self._script == 0:
-            try:
-                os.setsid()
-                os.write(started, session_facts(os.getpid()))
-                if before is not None:
-                    change_oom_score(before)
-                for number in (signal.SIGPIPE, signal.SIGXFSZ):
-                    signal.signal(number, signal.SIG_DFL)
-                for descriptor, output in enumerate(outputs, 1):
-                    os.dup2(output, descriptor)
-                os.chdir(self._workspace)
-                environment = dict(self._order['environment'])
-                environment['TentacleScriptTicket'] = self._folder.ticket  # see `end_session`
-                os.execve(command[0], command, environment)
-            except BaseException as error:
-                os.write(failed, str(error).encode('utf-8', 'replace'))
-            finally:
-                os._exit(127)
-        for descriptor in outputs + [started, failed]:
-            os.close(descriptor)
-        with open(failure, 'rb') as file:
-            return file.read().decode()
+        """Make the script's process, and name its session in `started`. What went wrong, or ''.
 
-    def _fork(self) -> int:
-        """Where the system has no process to give at this moment, the script waits for one."""
-        for _ in range(600):
-            with contextlib.suppress(BlockingIOError, MemoryError):
-                return os.fork()
-            time.sleep(0.1)
-        return os.fork()
+        Where the system has no process to give at this moment, the script waits for one.
+        """
+        environment = dict(self._order['environment'], TentacleScriptTicket=self._folder.ticket)
+        failure = OSError()
+        with open(self._folder.inner('started'), 'r+b', buffering=0) as started:
+            started.write(b'?\n')  # there may be one from here on
+            for _ in range(600):
+                try:
+                    os.chdir(self._workspace)
+                    self._script = _spawn_session(command, environment, outputs)
+                    break
+                except (OSError, ValueError) as error:
+                    failure = error
+                    if getattr(error, 'errno', 0) not in _STARVED:
+                        break
+                    time.sleep(0.1)
+            for descriptor in outputs:
+                os.close(descriptor)
+            if not self._script:
+                return str(failure)
+            started.seek(0)
+            started.write(session_facts(self._script))
+        lower_oom_score()
+        return ''
 
     def _follow(self) -> None:
         """Wait for the script's end; for that of all its descendants, when it was cancelled."""
@@ -4884,7 +4907,6 @@ def _be_supervisor(channel: socket.socket, note: int, prctl: Callable[..., Any])
         channel.close()
         os.dup2(1, 2)  # who reads the agent's stderr to its end waits for no script
         if is_ours:
-            set_title('tentacle.py script ' + order['ticket'])
             supervisor.run()
     finally:
         os._exit(0)
@@ -4904,6 +4926,7 @@ def run_launcher(channel: socket.socket) -> None:
     signal.pthread_sigmask(signal.SIG_SETMASK, [])
     signal.signal(signal.SIGCHLD, signal.SIG_IGN)  # supervisors that end need no reaping
     prctl = find_prctl()
+    user_name()  # looked up once, for all supervisors
     gc.collect()
     getattr(gc, 'freeze', int)()  # the supervisors share these pages as long as nobody writes them
     while True:
