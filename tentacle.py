@@ -35,11 +35,9 @@ connections` waits for those polling tentacles that have none; `polling ADDRESS`
 is the service of a server it dials; `relay` and `relayed call` take the calls of other processes to
 a polling tentacle; `file` reads, hashes and writes a long file beside the thread that has the wire;
 `target` runs a script on one of several targets, and `jobs` (in `serve`, 32, and one more for each
-call of a listening tentacle) those that are kept; `once` polls one server from cron; `script
-TICKET` waits for the end of a script's supervisor, `mutex TICKET` for the end of a wait for the
-isolation mutex; `cleaner` looks for old workspaces every two hours, `settings` every two seconds
-at the time of the settings file. But for these none of them wakes up when nothing happens. The
-processes of a script are listed at the top of section 13.
+call of a listening tentacle) those that are kept; `once` polls one server from cron; `cleaner`
+looks after scripts every two hours, `settings` every two seconds at the time of the settings file.
+A script that runs has no thread here: its processes are listed at the top of section 13.
 
 Sections, in the order of the file; a definition uses only what stands above it:
 
@@ -3721,13 +3719,11 @@ class ScriptSpec(NamedTuple):
 
 def remove_tree(path: str) -> None:
     """Remove a folder as far as we may, following no symbolic link. Never raises."""
-    with contextlib.suppress(OSError):  # most have no folders in them
-        for name in os.listdir(path):
-            os.unlink(os.path.join(path, name))
-        os.rmdir(path)
-        return
     import shutil
 
+    with contextlib.suppress(OSError):
+        if not stat.S_ISDIR(os.lstat(path).st_mode):  # what a script has put in its place
+            os.unlink(path)
     shutil.rmtree(path, ignore_errors=True)
     if not os.path.lexists(path):
         return
@@ -3847,10 +3843,13 @@ def end_session(path: str) -> bool:
     another's by now, and where it is not known yet no number helps; then a process must have the
     script's environment.
     """
-    facts = read_small(path).split()[:3]
-    if not facts:
-        return True  # no process of the script was made yet
-    number, start, boot = ([int(facts[0])] + facts[1:]) if len(facts) == 3 else (0, b'', boot_id())
+    number, start, boot = 0, b'', boot_id()
+    with contextlib.suppress(ValueError):
+        facts = read_small(path).split()
+        if not facts:
+            return True  # no process of the script was made yet
+        start, boot = facts[1:3] if len(facts) == 3 else (start, boot)
+        number = int(facts[0])
     if boot != boot_id():
         return True  # the machine was started anew
     if not process_facts('self') or start == b'-':
@@ -4133,8 +4132,8 @@ class LogWriter:
     """
 
     def __init__(self, path: str, limit: int = LIMITS.log_bytes):
-        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
-        self._descriptor = os.open(path, flags, 0o600)
+        flags = os.O_WRONLY | os.O_APPEND | os.O_CREAT | os.O_NONBLOCK | os.O_NOFOLLOW
+        self._descriptor = os.open(path, flags | os.O_CLOEXEC, 0o600)
         self._size = os.fstat(self._descriptor).st_size
         self._limit = limit
         self._kept = 0
@@ -4162,7 +4161,7 @@ class LogWriter:
         self._is_full = self._size + len(data) > self._limit
         written = 0
         with contextlib.suppress(OSError):
-            written = os.write(self._descriptor, data[: self._limit - self._size])
+            written = os.write(self._descriptor, data[: max(self._limit - self._size, 0)])
         count = len(entries)
         if written < len(data):
             whole = count = 0
@@ -4275,7 +4274,8 @@ class LogReader:
         if not more:
             with contextlib.suppress(ProtocolError):  # somebody wrote it who is not we
                 behind = [entry for found in documents_in([tail]) for entry in found]
-            behind = behind[max(after - number, 0) :]
+            skipped = max(after - number, 0)
+            behind = behind[skipped if skipped <= len(behind) else 0 :]  # else the log was lost
         total = count + len(behind)
 
         def pieces() -> Iterator[bytes]:
@@ -4465,35 +4465,29 @@ class IsolationMutex:
                 signal.signal(number, handler)
 
 
-def _names_of_tasks(tasks: Sequence[str]) -> str:
+def _named(tasks: Sequence[str]) -> str:
     shown = ['[%s](~/app#/tasks/%s)' % (task, task) for task in tasks]
-    return ' and '.join([', '.join(shown[:-1])] * (len(shown) > 1) + shown[-1:])
+    return ', '.join(shown[:-1]) + ' and ' * (len(shown) > 1) + ''.join(shown[-1:])
 
 
 def waiting_text(tasks: Sequence[str], own: str, is_full: bool) -> str:
     """Who is waited for, in the original's words (captures listening-isolation-*)."""
-    script = 'this' if is_full else 'that'
     end = ' requires that no other Octopus scripts are executing on this target at the same time.'
     if len(tasks) > 1:
-        start = 'Waiting on scripts in tasks %s to finish. This script'
-        return start % _names_of_tasks(tasks) + end
+        return 'Waiting on scripts in tasks %s to finish. This script' % _named(tasks) + end
     if own in tasks or not tasks:
         start = 'Waiting on another script in this task to finish as %s task'
-        return start % ('this' if is_full or not tasks else 'another') + end
+        return start % ('this' if is_full else 'another') + end
     start = 'Waiting for the script in task %s to finish as %s script'
-    return start % (_names_of_tasks(tasks), script) + end
+    return start % (_named(tasks), 'this' if is_full else 'that') + end
 
 
 def still_running_text(tasks: Sequence[str]) -> str:
     """Whom one that gave up has waited for."""
     if not tasks:
         return ''
-    plural = len(tasks) > 1
-    return ' Task%s %s %s still running.' % (
-        's' * plural,
-        _names_of_tasks(tasks),
-        'are' if plural else 'is',
-    )
+    text = ' Tasks %s are still running.' if len(tasks) > 1 else ' Task %s is still running.'
+    return text % _named(tasks)
 
 
 # -- the supervisor, a process of its own for each script
@@ -4526,16 +4520,16 @@ class _Pump:
         os.set_blocking(descriptor, False)
 
     def take(self, most: int = _PIPE_STEP) -> int:
-        """Take what there is, once; how much it was."""
+        """Take what there is, once; how much it was, -1 at the end of the pipe."""
         try:
             data = os.read(self.descriptor, min(most, _PIPE_STEP))
         except BlockingIOError:
             return 0
         self.ended = not data
-        self._put(data, final=not data)
-        return len(data)
+        self.put(data, final=not data)
+        return len(data) or -1
 
-    def _put(self, data: bytes, final: bool) -> None:
+    def put(self, data: bytes, final: bool) -> None:
         cuts = self._splitter.cuts
         lines = self._splitter.feed(data, final)
         if lines:
@@ -4543,19 +4537,15 @@ class _Pump:
         if self._splitter.cuts > cuts:
             self._log.say(DEBUG, 'A line was too long, and is cut into several here')
 
-    def take_what_is_there(self) -> int:
+    def take_what_is_there(self) -> None:
         """Take what is in the pipe at this moment, however much that is."""
         import fcntl
 
         (left,) = _INT32.unpack(fcntl.ioctl(self.descriptor, FIONREAD, bytes(4)))
-        taken = 0
-        while not self.ended and taken < left:
-            taken += self.take(left - taken)
-        return taken
-
-    def finish(self) -> None:
-        """What is a line's beginning is a line now."""
-        self._put(b'', final=True)
+        taken = 1
+        while left > 0 and taken > 0:
+            taken = self.take(left)
+            left -= taken
 
 
 def _spawn_session(command: List[str], environment: Dict[str, str], outputs: List[int]) -> int:
@@ -4606,7 +4596,6 @@ class Supervisor:
         self._exit_code: Optional[int] = None
         self._cancelled_at: Optional[float] = None
         self._reaped = False
-        self._killing = False
 
     def _register(self, descriptor: int, handler: Callable[[], Any]) -> None:
         self._handlers[descriptor] = handler
@@ -4636,9 +4625,12 @@ class Supervisor:
         try:
             exit_code, last = self._wait_and_run(log)
         except Exception as error:
+            if not self._script and getattr(error, 'errno', 0) in _STARVED:
+                return  # it is launched again by whoever asks for it
             self._end_all()
             text = 'The supervisor of the script failed: %s: %s' % (type(error).__name__, error)
-            exit_code, last = UNKNOWN_RESULT_EXIT_CODE, [(STDERR, text)]
+            exit_code = UNKNOWN_RESULT_EXIT_CODE if self._script else FATAL_EXIT_CODE
+            last = [(STDERR, text)]
         self._write_result(exit_code, log.close() + last)
         os.close(self._alive)  # ahead of all that the end of a process takes
 
@@ -4671,8 +4663,9 @@ class Supervisor:
                 return self._end_of_wait(waited_for)
             os._exit(0)  # whoever has it says how it ends
         for folder in self._others():
-            if folder.has('started') and folder.has_no_supervisor() and folder.result() is None:
-                folder.bury()
+            with contextlib.suppress(OSError):  # it is being removed
+                if folder.has('started') and folder.has_no_supervisor() and not folder.result():
+                    folder.bury()
         if not self._folder.claim_start():
             os._exit(0)
         if self._is_cancelled():
@@ -4786,15 +4779,26 @@ class Supervisor:
         return ''
 
     def _follow(self) -> None:
-        """Wait for the script's end; for that of all its descendants, when it was cancelled."""
-        while not self._is_over():
-            self._step(self._until_next_step())
-            self._press_on()
+        """Wait for the script's end; when it is cancelled for that of all its descendants too, with
+        SIGKILL from the end of their time of grace on, until nothing is left.
+        """
+        while self._exit_code is None and self._cancelled_at is None:
+            self._step(None)
+        if self._cancelled_at is None:
+            return
+        kill_at = self._cancelled_at + self._order['grace']
+        while self._exit_code is None or self._has_children():
+            left = kill_at - time.monotonic()
+            if left < -self._LAST_RESORT:
+                return
+            if left <= 0:
+                self._end_all()
+            self._step(max(left, 0.02))
 
     def _step(self, seconds: Optional[float]) -> None:
         """Wait for something to happen, no longer than that, and deal with it."""
         for descriptor, _ in self._poll.poll(None if seconds is None else seconds * 1000):
-            if self._handlers[descriptor]() == 0:
+            if self._handlers[descriptor]() == -1:
                 self._poll.unregister(descriptor)
 
     def _hear_last_words(self, pumps: List[_Pump]) -> None:
@@ -4810,15 +4814,7 @@ class Supervisor:
             self._step(left)
             taken += _PIPE_STEP
         for pump in pumps:
-            if not pump.ended:
-                pump.finish()
-
-    def _is_over(self) -> bool:
-        if self._cancelled_at is None:
-            return self._exit_code is not None
-        if time.monotonic() > self._cancelled_at + self._order['grace'] + self._LAST_RESORT:
-            return True
-        return self._exit_code is not None and not self._has_children()
+            pump.put(b'', final=True)  # what is a line's beginning is a line now
 
     def _has_children(self) -> bool:
         """Reap what has ended. Each living descendant is below a child of ours, so without any
@@ -4831,21 +4827,6 @@ class Supervisor:
         except ChildProcessError:
             return False
         return True
-
-    def _until_next_step(self) -> Optional[float]:
-        if self._cancelled_at is None:
-            return None
-        if self._killing:
-            return 0.02
-        return max(self._cancelled_at + self._order['grace'] - time.monotonic(), 0)
-
-    def _press_on(self) -> None:
-        """SIGKILL to what has not ended in its time of grace, until nothing is left."""
-        if self._cancelled_at is None:
-            return
-        if time.monotonic() >= self._cancelled_at + self._order['grace']:
-            self._killing = True
-            self._end_all()
 
     def _end_all(self) -> None:
         until = time.monotonic() + 0.1

@@ -22,6 +22,7 @@ import io
 import json
 import os
 import pathlib
+import pwd
 import py_compile
 import random
 import re
@@ -492,16 +493,16 @@ def keys(tmp_path_factory):
 class Agent:
     """`python3 tentacle.py listen` as a process. `port`, `log()`, `stop()`."""
 
-    def __init__(self, home, *arguments, **environment):
+    def __init__(self, home, *arguments, program=PROGRAM, port=0, prefix=(), bare=False):
         self.home = str(home)
         self._log_path = self.home + '.log'
+        command = [sys.executable, program, 'listen', '--home', self.home, '--port', str(port)]
         with open(self._log_path, 'ab') as log:
             self.process = subprocess.Popen(
-                [sys.executable, PROGRAM, 'listen', '--home', self.home, '--port', '0']
-                + list(arguments),
+                list(prefix) + command + list(arguments),
                 stdout=subprocess.PIPE,
                 stderr=log,
-                env=dict(os.environ, **environment),
+                env={} if bare else None,
             )
         self.lines = []
         for line in self.process.stdout:
@@ -2309,7 +2310,8 @@ def test_a_log_is_read_from_where_one_was(tmp_path):
     assert [entry.text for entry in got] == expected
     assert [entry.source for entry in got] == [0] * 400 + [1, 2]
     assert read_log(reader, path, 401, tail)[0][0].text == 'the end'
-    assert read_log(reader, path, 402, tail) == read_log(reader, path, 10**12, tail) == ([], False)
+    assert read_log(reader, path, 402, tail) == read_log(reader, path, 10**12) == ([], False)
+    assert read_log(reader, path, 10**12, tail)[0][0].text == 'the end'  # a log that was lost
     assert read_log(reader, path, 0)[0][0].text == 'line 0'
 
 
@@ -3207,6 +3209,8 @@ def test_a_cancel_that_meets_the_start_is_not_lost(shared_agent, keys, client):
 
 
 SPOILERS = [
+    'rm -rf "$PWD"; ln -s "$TentacleHome/outside" "$PWD"',
+    'rm -rf "$PWD"; echo x > "$PWD"',
     'rm -rf * .[!.]*',
     'rm -rf "$PWD"',
     'mv "$PWD" "$PWD.moved"; rm -rf "$PWD.moved"',
@@ -3218,10 +3222,15 @@ SPOILERS = [
 @pytest.mark.parametrize('spoil', SPOILERS)
 def test_a_script_that_spoils_its_workspace_loses_nothing(client, shared_agent, spoil):
     ticket = tentacle.new_ticket()
-    status = v2(client, 'StartScript', start_command('echo before; %s; echo after; exit 5' % spoil, ticket))
+    outside = pathlib.Path(shared_agent.home) / 'outside'
+    outside.mkdir(exist_ok=True)
+    (outside / 'kept').write_text('')
+    body = 'cd "$PWD"; echo before; %s; echo after; exit 5' % spoil
+    status = v2(client, 'StartScript', start_command(body, ticket))
     assert (status.state, status.exit_code, texts(status)) == (2, 5, ['before', 'after'])
     completed(client, ticket)
-    assert left_of(shared_agent.home) == []
+    assert left_of(shared_agent.home) == [] and (outside / 'kept').exists()
+    shutil.rmtree(str(outside))
 
 
 def test_a_script_that_removes_what_is_known_of_it_still_has_an_end(client, shared_agent):
@@ -4015,6 +4024,144 @@ def test_the_originals_client_is_answered_as_by_the_original(shared_agent, keys,
                 assert got['result']['ExitCode'] == want['result']['ExitCode']
         peer.sock.sendall(b'END\r\n')
         assert peer.is_hung_up_on()
+
+# ---- 14. Tentacle services: agents of a home -----------------------------------------------------
+
+
+def copied(tmp_path):
+    return shutil.copy(PROGRAM, str(tmp_path / 'tentacle.py'))
+
+
+def test_scripts_are_started_by_the_agents_own_code(tmp_path, keys):
+    """Whatever is in the place of its file: rubbish, half of it, nothing."""
+    program = copied(tmp_path)
+    agent = Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint, program=program)
+    try:
+        assert not os.path.exists(str(tmp_path / '__pycache__'))
+        with tentacle.TentacleClient(agent.endpoint, keys['server']) as client:
+            for content in (b'rubbish (', open_bytes(PROGRAM)[:100000], None):
+                os.unlink(program)
+                if content is not None:
+                    pathlib.Path(program).write_bytes(content)
+                assert client.run_script('exit 5', lambda line: None) == 5
+                os.kill(launchers(agent)[0], signal.SIGKILL)
+                assert client.run_script('exit 6', lambda line: None) == 6
+    finally:
+        assert agent.stop() == 0
+
+
+def test_sigusr2_starts_the_file_on_the_disk(tmp_path, keys):
+    """In the same process, on the same port, if it is one that runs; a script goes on."""
+    program = copied(tmp_path)
+    arguments = ['--trust', keys['server'].thumbprint]
+    agent = Agent(tmp_path / 'home', *arguments, program=program, port=free_port())
+    try:
+        ticket = tentacle.new_ticket()
+        with tentacle.TentacleClient(agent.endpoint, keys['server']) as client:
+            command = start_command(counting_script(ticket, 40), ticket, duration_to_wait=None)
+            v2(client, 'StartScript', command)
+            eventually(lambda: run_times(agent, ticket))
+        for number, content in enumerate([b'', b'import nothing_of_that_name', b'raise SystemExit(3)']):
+            pathlib.Path(program).write_bytes(content)
+            agent.process.send_signal(signal.SIGUSR2)
+            eventually(lambda: agent.log().count('is not taken') > number)
+        source = open_bytes(PROGRAM).replace(b"__version__ = '", b"__version__ = '7.7.7-")
+        pathlib.Path(program).write_bytes(source)
+        agent.process.send_signal(signal.SIGUSR2)
+        eventually(lambda: 'tentacle.py 7.7.7-' in agent.log())
+        assert end_of(lambda: agent, keys, ticket)[1] == 17
+        assert run_times(agent, ticket) == 1
+    finally:
+        assert agent.stop() == 0
+
+
+def test_two_signals_at_once_end_an_agent_in_good_order(tmp_path, keys):
+    for attempt in range(5):
+        agent = Agent(tmp_path / str(attempt))
+        os.kill(agent.process.pid, signal.SIGTERM)
+        os.kill(agent.process.pid, signal.SIGINT if attempt % 2 else signal.SIGTERM)
+        assert agent.stop() == 0
+        assert 'ignored' not in agent.log() and 'Traceback' not in agent.log()
+
+
+def test_a_second_listening_agent_waits_for_the_first_or_refuses(tmp_path, keys):
+    first = Agent(tmp_path / 'home')
+    code, out, err = cli('listen', home=tmp_path / 'home')
+    since = json.loads(open_bytes('%s/home/agents/%d' % (tmp_path, first.process.pid)).decode())
+    assert (since['verb'], since['version']) == ('listen', tentacle.__version__)
+    assert code == 1 and 'Another agent listens for' in err
+    assert 'listen, process %d, since %s' % (first.process.pid, since['since'][:16]) in err
+    ending = threading.Timer(0.3, first.stop)
+    ending.start()
+    second = Agent(tmp_path / 'home')
+    ending.join()
+    assert second.stop() == 0
+    assert os.listdir(str(tmp_path / 'home' / 'agents')) == ['listening']
+
+
+def test_who_embeds_a_listener_hears_that_it_ended(tmp_path, keys):
+    """The verbs end their process then: one that lives on deaf would be taken for well."""
+    ended = threading.Event()
+    services = tentacle.AgentServices(str(tmp_path / 'home'))
+    agent = tentacle.ListeningTentacle(
+        services, keys['agent'], frozenset, port=0, on_failure=ended.set
+    )
+    agent._listener._handle_request_noblock = lambda: 1 / 0
+    agent.start()
+    with socket.create_connection(('127.0.0.1', agent.port)):
+        assert ended.wait(10)
+    agent.stop()
+
+
+def test_what_a_bare_environment_lacks_is_there_for_scripts(tmp_path, keys):
+    """As under systemd, or in a container."""
+    agent = Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint, bare=True)
+    try:
+        lines = []
+        with tentacle.TentacleClient(agent.endpoint, keys['server']) as client:
+            client.run_script('env; ulimit -Sn', lines.append)
+        own = [line.text for line in lines if not line.remark]
+        entry = pwd.getpwuid(os.geteuid())
+        expected = {'HOME': entry.pw_dir, 'USER': entry.pw_name, 'LOGNAME': entry.pw_name}
+        expected.update(TentacleCertificateSignatureAlgorithm='sha256RSA', SHELL=entry.pw_shell)
+        for name, value in expected.items():
+            assert '%s=%s' % (name, value) in own
+        assert any(line.startswith('TentacleNetFrameworkDescription=Python 3.') for line in own)
+        assert own[-1] == str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    finally:
+        agent.stop()
+
+
+def test_as_process_1_it_reaps_and_forwards(tmp_path, keys):
+    unshare = shutil.which('unshare')
+    probe = [unshare or 'false', '--fork', '--pid', '--mount-proc', 'true']
+    if unshare is None or subprocess.run(probe, stderr=subprocess.DEVNULL).returncode:
+        pytest.skip('no PID namespace may be made here')
+    prefix = [unshare, '--fork', '--pid', '--mount-proc', '--kill-child=KILL']
+    agent = Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint, prefix=prefix)
+    try:
+        lines = []
+        with tentacle.TentacleClient(agent.endpoint, keys['server']) as client:
+            for _ in range(3):
+                client.run_script('(setsid sleep 0.01 &)', lambda line: None)
+            client.run_script('sleep 0.1; ps -eo stat=,args=; kill -TERM 1', lines.append)
+        own = [line.text for line in lines if not line.remark]
+        assert not any(line.startswith('Z') for line in own)
+        assert any('tentacle.py script ' in line for line in own)
+    except tentacle.TentacleError:
+        pass  # it was told to end while it answered
+    assert agent.process.wait(20) == 0
+    agent.process.stdout.close()
+    assert 'Stopping: SIGTERM' in agent.log()
+
+
+def test_an_agents_titles_and_record(shared_agent, client):
+    client.run_script('true', lambda line: None)
+    title = open_bytes('/proc/%d/cmdline' % shared_agent.process.pid).rstrip(b'\0')
+    assert title == b'tentacle.py listen'
+    assert open_bytes('/proc/%d/cmdline' % launchers(shared_agent)[0]).startswith(
+        b'tentacle.py launcher\0'
+    )
 
 
 # ---- 15. Listening -------------------------------------------------------------------------------
