@@ -3922,8 +3922,7 @@ class ScriptFolder:
 
     def make(self) -> int:
         """Make a folder at this path, with a living `alive`; its descriptor, which keeps it so."""
-        os.mkdir(self.path, 0o700)
-        os.mkfifo(self.inner('alive'), 0o600)
+        os.makedirs(self.path, mode=0o700)
         return self.hold()
 
     def hold(self) -> int:
@@ -4553,7 +4552,7 @@ def _spawn_session(command: List[str], environment: Dict[str, str], outputs: Lis
     OSError, ValueError.
     """
     try:
-        actions = [(os.POSIX_SPAWN_DUP2, output, number) for number, output in enumerate(outputs, 1)]
+        actions = [(os.POSIX_SPAWN_DUP2, outputs[i], i + 1) for i in range(2)]
         return os.posix_spawn(
             command[0],
             command,
@@ -4683,7 +4682,7 @@ class Supervisor:
         return found
 
     def _holders(self) -> List[str]:
-        """The tasks of the scripts that have our mutex; of those that wait, where none has it yet."""
+        """The tasks of the scripts that have our mutex; of one that waits, where none has it yet."""
         others = [folder for folder in self._others() if folder.is_alive()]
         others = [folder for folder in others if folder.has('started')] or others[:1]
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -4746,8 +4745,8 @@ class Supervisor:
             text = 'Processes of the script could not be ended, and may still run'
             return code, [(STDERR, text), last]
         if not all(pump.ended for pump in pumps) and self._cancelled_at is None:
-            log.say(DEBUG, 'A process that the script left behind holds its output: what comes from '
-                    'now on is not shown')
+            text = 'A process that the script left behind holds its output: what comes from now on'
+            log.say(DEBUG, text + ' is not shown')
         return code, [last]
 
     def _spawn(self, command: List[str], outputs: List[int]) -> str:
@@ -5158,13 +5157,11 @@ class Scripts:
         """Whether a script of no other agent runs or waits, or has ended a short while ago and is
         not completed.
         """
+        others = self._other_agents()
         for folder in ticket_folders(self._scripts):
             with contextlib.suppress(OSError, ValueError):
-                if folder.has('result'):
-                    age = time.time() - os.lstat(folder.inner('result')).st_mtime
-                    if not -86400 < age < self._limits.acknowledge:
-                        continue
-                if folder.request().get('agent') not in self._other_agents():
+                is_recent = _age(folder.inner('result')) < self._limits.acknowledge
+                if is_recent and folder.request().get('agent') not in others:
                     return True
         return False
 
@@ -5378,7 +5375,7 @@ class Scripts:
 
 
 class ScriptCleaner:
-    """Looks after the scripts of a home at its start and from time to time, in a thread of its own."""
+    """Looks after the scripts of a home at its start, and again and again, in a thread of its own."""
 
     def __init__(self, scripts: Scripts, environment: Mapping[str, str] = os.environ):
         self._scripts = scripts
@@ -5699,8 +5696,8 @@ class FileTransferService:
 
 
 _NO_LOCKS = (
-    'The locks of the file system of %s do not work, so scripts could run twice: choose a folder on '
-    'another one with --home DIR'
+    'The locks of the file system of %s do not work, so scripts could run twice: choose a folder '
+    'on another one with --home DIR'
 )
 
 
@@ -5720,8 +5717,8 @@ def _lock(descriptor: int) -> bool:
 
 
 class AgentRecord:
-    """`<home>/agents/PID`, which says who runs here (verb, arguments, since, version), and is locked
-    (flock) as long as that lasts.
+    """`<home>/agents/PID`, which says who runs here (verb, arguments, since, version), and is
+    locked (flock) as long as that lasts.
 
     Raises TentacleError where the home's file system has no locks that work.
     """
@@ -8976,7 +8973,7 @@ def our_subscription(settings: Settings) -> str:
 
 
 def _passwd_variables(home: str) -> Dict[str, str]:
-    """What a login would set: a service, or a container's process of any user, may have none of it."""
+    """What a login would set: a service, or a process in a container, may have none of it."""
     import pwd
 
     try:
@@ -9324,7 +9321,8 @@ def sole_holder(home: str, name: str, text: str = '', seconds: float = 0) -> Ite
     with locked_folder(home):
         folder = os.path.join(home, 'agents')
         os.makedirs(folder, mode=0o700, exist_ok=True)
-        descriptor = os.open(os.path.join(folder, name), os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+        flags = os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC
+        descriptor = os.open(os.path.join(folder, name), flags, 0o600)
     try:
         deadline = time.monotonic() + seconds
         while not _lock(descriptor):
