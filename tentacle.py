@@ -3837,6 +3837,14 @@ def _session_of(pid: int) -> int:
         return 0
 
 
+def _environment_of(pid: int) -> List[bytes]:
+    try:
+        with open('/proc/%d/environ' % pid, 'rb') as file:
+            return file.read().split(b'\0')
+    except OSError:
+        return []
+
+
 def end_session(path: str) -> bool:
     """SIGKILL to all processes of the session that a script's `started` names; whether none is
     left. Nobody else's process is touched: where the session's leader is gone its number may be
@@ -3870,14 +3878,6 @@ def end_session(path: str) -> bool:
                 os.kill(pid, signal.SIGKILL)
         time.sleep(0.01)
     return False
-
-
-def _environment_of(pid: int) -> List[bytes]:
-    try:
-        with open('/proc/%d/environ' % pid, 'rb') as file:
-            return file.read().split(b'\0')
-    except OSError:
-        return []
 
 
 def set_title(title: str) -> None:
@@ -5701,12 +5701,14 @@ _NO_LOCKS = (
 )
 
 
-def _lock(descriptor: int) -> bool:
-    """Try to lock a file of ours; False when another has it. Raises TentacleError."""
+def _lock(descriptor: int, kind: str = 'flock') -> bool:
+    """Try to lock a file of ours, by flock or lockf; False when another has it. Raises
+    TentacleError.
+    """
     import fcntl
 
     try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        getattr(fcntl, kind)(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
         return True
     except BlockingIOError:
         return False
@@ -5729,19 +5731,20 @@ class AgentRecord:
         facts = {'pid': os.getpid(), 'verb': verb, 'arguments': arguments}
         facts.update(since=iso_time(int(time.time() * 1000)), version=__version__)
         self.text = '%s, process %d, since %s' % (verb, os.getpid(), facts['since'])
-        for number in itertools.count():
-            self.name = str(os.getpid()) + '-%d' % number * bool(number)
-            self._descriptor = self._open(self.name)
-            if _lock(self._descriptor) and self._is_there():
-                break
-            os.close(self._descriptor)
-        other = self._open(self.name)
+        self._descriptor = -1
         try:
-            if _lock(other):
-                self.close()
-                raise TentacleError(_NO_LOCKS % home)
-        finally:
-            os.close(other)
+            for number in itertools.count():
+                self.name = str(os.getpid()) + '-%d' % number * bool(number)
+                self._descriptor = self._open(self.name)
+                if _lock(self._descriptor) and self._is_there():
+                    break
+                os.close(self._descriptor)
+            with open(self._open(self.name), 'rb') as other:
+                if _lock(other.fileno()) or not _lock(self._descriptor, 'lockf'):
+                    raise TentacleError(_NO_LOCKS % home)
+        except TentacleError:
+            self.close()
+            raise
         os.ftruncate(self._descriptor, 0)
         os.write(self._descriptor, json.dumps(facts).encode())
 

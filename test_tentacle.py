@@ -3489,6 +3489,35 @@ def test_what_a_script_puts_into_its_folder_holds_nobody_up(tmp_path, name, kind
         assert memory_kb(os.getpid()) < 400 << 10
 
 
+def test_scripts_that_nobody_asks_about_cost_the_agent_nothing(tmp_path):
+    with agents_of(tmp_path / 'home', 1) as (scripts,):
+        scripts.start(spec_of('first', 'true'))
+        before = descriptors(), set(threading.enumerate())
+        tickets = ['t-%d' % number for number in range(30)]
+        for ticket in tickets:
+            scripts.start(spec_of(ticket, 'sleep 1000'))
+        assert (descriptors(), set(threading.enumerate())) == before
+        for ticket in tickets + ['first']:
+            scripts.cancel(ticket)
+        for ticket in tickets + ['first']:
+            scripts.complete(ticket)
+    assert left_of(tmp_path / 'home') == []
+
+
+@pytest.mark.parametrize('kind', ['flock that grants all', 'flock', 'lockf'])
+def test_a_file_system_without_locks_is_said_at_the_start(tmp_path, monkeypatch, kind):
+    import fcntl
+
+    def no_locks(*arguments):
+        raise OSError(errno.ENOLCK, os.strerror(errno.ENOLCK))
+
+    grants = lambda *arguments: None
+    monkeypatch.setattr(fcntl, kind.split()[0], grants if ' ' in kind else no_locks)
+    services = tentacle.AgentServices(str(tmp_path))
+    with pytest.raises(tentacle.TentacleError, match='choose a folder'):
+        services.start()
+
+
 def test_completed_tickets_are_remembered_for_a_day_and_within_a_bound(tmp_path, monkeypatch):
     scripts, now = str(tmp_path), time.time()
     clock = [now]
