@@ -4682,7 +4682,7 @@ class Supervisor:
         return found
 
     def _holders(self) -> List[str]:
-        """The tasks of the scripts that have our mutex; of one that waits, where none has it yet."""
+        """The tasks of the scripts that have our mutex; of one that waits where none has it yet."""
         others = [folder for folder in self._others() if folder.is_alive()]
         others = [folder for folder in others if folder.has('started')] or others[:1]
         with contextlib.suppress(OSError, ValueError, KeyError):
@@ -5374,43 +5374,6 @@ class Scripts:
             logger.info('Script %s was removed: nobody completed it', folder.ticket)
 
 
-class ScriptCleaner:
-    """Looks after the scripts of a home at its start, and again and again, in a thread of its own."""
-
-    def __init__(self, scripts: Scripts, environment: Mapping[str, str] = os.environ):
-        self._scripts = scripts
-        # The original's variables.
-        self._delay = self._span(environment, 'TENTACLE_WORKSPACE_CLEANER_DELAY', 2 * 3600)
-        self._age = self._span(environment, 'TENTACLE_WORKSPACE_CLEANER_DELETE_OLDER_THAN', 86400)
-        self._stop = threading.Event()
-        self._thread: Optional[threading.Thread] = None
-
-    @staticmethod
-    def _span(environment: Mapping[str, str], name: str, default: float) -> float:
-        text = environment.get(name)
-        if text is None:
-            return default
-        try:
-            return Span().read(text, []) or default
-        except ValueError:
-            logger.warning('%s is %s: a time span like 02:00:00 expected', name, printable(text))
-            return default
-
-    def start(self) -> None:
-        self._thread = start_thread('cleaner', self._run)
-
-    def _run(self) -> None:
-        while True:
-            self._scripts.clean(self._age)
-            if self._stop.wait(self._delay):
-                return
-
-    def stop(self) -> None:
-        self._stop.set()
-        if self._thread is not None:
-            self._thread.join(LIMITS.stop)
-
-
 # ---- 14. Tentacle services -----------------------------------------------------------------------
 
 
@@ -5444,7 +5407,7 @@ def _spec(ticket: str, command: Any) -> ScriptSpec:
     )
 
 
-class _ScriptCalls:
+class _ScriptService:
     """What both script services do; `status_type` is the contract of their answers, and
     `unknown_exit_code` that of a ticket nobody knows.
     """
@@ -5488,7 +5451,7 @@ class _ScriptCalls:
             patiently(lambda: self._scripts.complete(ticket))
 
 
-class ScriptServiceV2(_ScriptCalls):
+class ScriptServiceV2(_ScriptService):
     """`IScriptServiceV2`: the ticket is the caller's, so a call may be repeated."""
 
     status_type = ScriptStatusResponseV2
@@ -5516,7 +5479,7 @@ class ScriptServiceV2(_ScriptCalls):
         self._complete(self._ticket(command))
 
 
-class ScriptService(_ScriptCalls):
+class ScriptService(_ScriptService):
     """`IScriptService`, the older one: the ticket is ours."""
 
     status_type = ScriptStatusResponse
@@ -5730,7 +5693,6 @@ class AgentRecord:
         os.makedirs(self._folder, mode=0o700, exist_ok=True)
         facts = {'pid': os.getpid(), 'verb': verb, 'arguments': arguments}
         facts.update(since=iso_time(int(time.time() * 1000)), version=__version__)
-        self.text = '%s, process %d, since %s' % (verb, os.getpid(), facts['since'])
         self._descriptor = -1
         try:
             for number in itertools.count():
@@ -5785,6 +5747,16 @@ class AgentRecord:
         os.close(self._descriptor)
 
 
+def _span_of_environment(name: str, default: float) -> float:
+    """Seconds of one of the original's variables, like 02:00:00."""
+    text = os.environ.get(name)
+    try:
+        return (text and Span().read(text, [])) or default
+    except ValueError:
+        logger.warning('%s is %s: a time span like 02:00:00 expected', name, printable(text))
+        return default
+
+
 class AgentServices:
     """What one agent offers from its home directory, over whichever connections. Any thread may
     call.
@@ -5817,7 +5789,12 @@ class AgentServices:
             lambda: self.record.name if self.record else '',
             lambda: self.record.others() if self.record else (),
         )
-        self._cleaner = ScriptCleaner(self.scripts)
+        self._clean_every = _span_of_environment('TENTACLE_WORKSPACE_CLEANER_DELAY', 7200.0)
+        self._clean_after = _span_of_environment(
+            'TENTACLE_WORKSPACE_CLEANER_DELETE_OLDER_THAN', 86400.0
+        )
+        self._stopped = threading.Event()
+        self._cleaner: Optional[threading.Thread] = None
         self._journal = UploadJournal(os.path.join(home, '.uploads'))
         services: Dict[str, Any] = {
             'IScriptService': ScriptService(self.scripts, limits),
@@ -5834,11 +5811,20 @@ class AgentServices:
         self.record = AgentRecord(self._home, self._verb, self._arguments)
         self.record.others()  # removes the records of those that are gone
         self._journal.clean()
-        self._cleaner.start()
+        self._stopped.clear()
+        self._cleaner = start_thread('cleaner', self._clean)
+
+    def _clean(self) -> None:
+        while True:
+            self.scripts.clean(self._clean_after)
+            if self._stopped.wait(self._clean_every):
+                return
 
     def stop(self) -> None:
         """Scripts that run go on, whether or not there is another agent."""
-        self._cleaner.stop()
+        self._stopped.set()
+        if self._cleaner is not None:
+            self._cleaner.join(LIMITS.stop)
         self._launcher.close()
         if self.record is not None:
             self.record.close()
@@ -10073,6 +10059,18 @@ def _file_is_sound() -> bool:
     return is_sound
 
 
+def _await_end(signals: SignalWaiter, pollers: Sequence[PollingTentacle]) -> int:
+    """The signal that is to end this agent, 0 when its listener has ended."""
+    while True:
+        number = signals.wait()
+        if number == signal.SIGHUP and pollers:
+            logger.info('SIGHUP: dialling now')
+            for agent in pollers:
+                agent.dial_now()
+        elif number != signal.SIGUSR2 or _file_is_sound():
+            return number
+
+
 def _stay(
     services: AgentServices,
     trusted: TrustedThumbprints,
@@ -10099,17 +10097,7 @@ def _stay(
         agent.start()
     _notify('READY=1')
     audit('agent-started', version=__version__, trusted=sorted(trusted()))
-    number = signals.wait()
-    while number in (signal.SIGHUP, signal.SIGUSR2):
-        if number == signal.SIGUSR2 and _file_is_sound():
-            break
-        if number == signal.SIGHUP and not pollers:
-            break
-        if number == signal.SIGHUP:
-            logger.info('SIGHUP: dialling now')
-            for agent in pollers:
-                agent.dial_now()
-        number = signals.wait()
+    number = _await_end(signals, pollers)
     starts_anew = number == signal.SIGUSR2
     logger.info('Stopping: %s', signal.Signals(number).name if number else 'the listener ended')
     if not starts_anew:
