@@ -69,7 +69,10 @@ _CODE = sys._getframe().f_code
 #: Verbs that stay for long. CPython keeps the syntax tree of a script for as long as it runs, for
 #: this file some 20 MB; a process that begins with the code needs none, and no site-packages.
 _RESIDENT_VERBS = ('listen', 'poll', 'serve', 'agent', 'run')
-_RUN_CODE = """import marshal, os, sys
+_RUN_CODE = """import signal
+if signal.getsignal(signal.SIGINT) is signal.default_int_handler:
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+import marshal, os, sys
 del sys.argv[0]
 _code = int(sys.argv.pop(0))
 __file__ = sys.argv[0]
@@ -6079,6 +6082,8 @@ class SecureListener(socketserver.TCPServer):
         except ProtocolError as error:
             logger.warning('%s: closed, it does not keep to the protocol: %s', peer, error)
             audit('connection-refused', peer=peer, reason=printable(error))
+        except (OSError, MemoryError) as error:  # the system has too little of something
+            logger.error('%s: closed: %s', peer, str(error) or 'there is not enough memory')
         except Exception:  # a bug; this connection ends, the listener lives
             logger.exception('%s: closed by a bug', peer)
 

@@ -3444,6 +3444,69 @@ def test_a_session_of_another_process_is_left_alone(tmp_path):
         other.wait()
 
 
+def test_a_session_without_its_leader_is_ended_by_its_environment_alone(tmp_path):
+    """Its number may be another's by now."""
+    folder = tmp_path / 'ticket'
+    folder.mkdir()
+    started = folder / 'started'
+    for mark, is_ended in (('another', False), ('ticket', True)):
+        body = 'sleep 1000 > /dev/null & echo $!; read x'
+        leader = subprocess.Popen(
+            ['bash', '-c', body],
+            start_new_session=True,
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=dict(os.environ, TentacleScriptTicket=mark),
+        )
+        member = int(leader.stdout.readline())
+        started.write_bytes(tentacle.session_facts(leader.pid))
+        leader.communicate(b'x')
+        assert tentacle.end_session(str(started)) is is_ended
+        there = lambda: tentacle.process_facts(member)[:1] not in ([], [b'Z'])
+        assert there() is not is_ended
+        with contextlib.suppress(ProcessLookupError):
+            os.kill(member, signal.SIGKILL)
+
+
+def test_a_completed_ticket_is_not_claimed_again(tmp_path):
+    """By a start that looked at it before it was completed."""
+    with agents_of(tmp_path / 'home', 1) as (scripts,):
+        scripts.start(spec_of('t', 'exit 3'))
+        ended(scripts, 't')
+        scripts.complete('t')
+        assert scripts._claim('t') is None
+        assert left_of(tmp_path / 'home') == []
+
+
+def test_what_a_pipe_holds_is_taken_whatever_its_size(tmp_path):
+    import fcntl
+
+    reader, writer = os.pipe()
+    fcntl.fcntl(writer, 1031, 1 << 20)  # F_SETPIPE_SZ
+    data = b''.join(b'line %d\n' % i for i in range(60000))
+    assert os.write(writer, data) == len(data)
+    log = tentacle.LogWriter(str(tmp_path / 'log'))
+    tentacle._Pump(reader, 0, log, LIMITS.log_line).take_what_is_there()
+    os.close(reader), os.close(writer)
+    log.close()
+    entries = read_log(tentacle.LogReader(), tmp_path / 'log')[0]
+    assert [entry.text for entry in entries] == ['line %d' % i for i in range(60000)]
+
+
+def test_what_ended_long_ago_has_an_hours_notice(tmp_path):
+    with agents_of(tmp_path / 'home', 1) as (scripts,):
+        scripts.start(spec_of('t', 'exit 3'))
+        ended(scripts, 't')
+        folder = tmp_path / 'home' / 'Scripts' / 't'
+        os.utime(str(folder / 'result'), (1, 1))
+        for _ in range(2):
+            scripts.clean(86400)
+            assert (folder / 'result').exists()
+        (folder / 'old').write_text('%f' % (time.time() - 3700))
+        scripts.clean(86400)
+        assert not folder.exists() and scripts.status('t').exit_code == 3
+
+
 def test_too_few_descriptors_say_nothing_about_a_script(tmp_path):
     with agents_of(tmp_path / 'home', 1) as (scripts,):
         scripts.start(spec_of('t', 'sleep 1000'))
@@ -4108,12 +4171,14 @@ def test_sigusr2_starts_the_file_on_the_disk(tmp_path, keys):
         assert agent.stop() == 0
 
 
-def test_two_signals_at_once_end_an_agent_in_good_order(tmp_path, keys):
-    for attempt in range(5):
+def test_more_signals_end_an_agent_in_good_order(tmp_path, keys):
+    """They come as long as it lives."""
+    for attempt in range(3):
         agent = Agent(tmp_path / str(attempt))
-        os.kill(agent.process.pid, signal.SIGTERM)
-        os.kill(agent.process.pid, signal.SIGINT if attempt % 2 else signal.SIGTERM)
-        assert agent.stop() == 0
+        while agent.process.poll() is None:
+            agent.process.send_signal(signal.SIGINT if attempt % 2 else signal.SIGTERM)
+        agent.process.stdout.close()
+        assert agent.process.returncode == 0
         assert 'ignored' not in agent.log() and 'Traceback' not in agent.log()
 
 
@@ -4152,7 +4217,7 @@ def test_what_a_bare_environment_lacks_is_there_for_scripts(tmp_path, keys):
     try:
         lines = []
         with tentacle.TentacleClient(agent.endpoint, keys['server']) as client:
-            client.run_script('env; ulimit -Sn', lines.append)
+            client.run_script('env', lines.append)
         own = [line.text for line in lines if not line.remark]
         entry = pwd.getpwuid(os.geteuid())
         expected = {'HOME': entry.pw_dir, 'USER': entry.pw_name, 'LOGNAME': entry.pw_name}
@@ -4160,7 +4225,21 @@ def test_what_a_bare_environment_lacks_is_there_for_scripts(tmp_path, keys):
         for name, value in expected.items():
             assert '%s=%s' % (name, value) in own
         assert any(line.startswith('TentacleNetFrameworkDescription=Python 3.') for line in own)
-        assert own[-1] == str(resource.getrlimit(resource.RLIMIT_NOFILE)[0])
+    finally:
+        agent.stop()
+
+
+def test_a_script_gets_the_descriptors_that_the_agent_was_given(tmp_path, keys):
+    """The agent itself takes all that it may have."""
+    prefix = ['sh', '-c', 'ulimit -Sn 200; ulimit -Hn 900; exec "$@"', 'sh']
+    agent = Agent(tmp_path / 'home', '--trust', keys['server'].thumbprint, prefix=prefix)
+    try:
+        lines = []
+        with tentacle.TentacleClient(agent.endpoint, keys['server']) as client:
+            client.run_script('ulimit -Sn; ulimit -Hn', lines.append)
+        assert [line.text for line in lines if not line.remark] == ['200', '900']
+        limits = open_bytes('/proc/%d/limits' % agent.process.pid).decode()
+        assert re.search(r'Max open files +900 +900', limits)
     finally:
         agent.stop()
 
