@@ -4591,7 +4591,7 @@ class Supervisor:
         reader, writer = os.pipe()
         for end in (reader, writer):
             os.set_blocking(end, False)
-        signal.set_wakeup_fd(writer)
+        signal.set_wakeup_fd(writer, warn_on_full_buffer=False)
         signal.signal(signal.SIGCHLD, lambda number, frame: None)
         self._register(reader, lambda: self._on_child(reader))
         self._script = 0  # its process id; reaped at the very end
@@ -9647,7 +9647,7 @@ class SignalWaiter:
         self._reader, self._writer = socket.socketpair()
         self._writer.setblocking(False)
         self._signals = signals
-        signal.set_wakeup_fd(self._writer.fileno())
+        signal.set_wakeup_fd(self._writer.fileno(), warn_on_full_buffer=False)
         for number in signals:
             signal.signal(number, lambda number, frame: None)
 
