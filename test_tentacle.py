@@ -3525,30 +3525,37 @@ def test_too_few_descriptors_say_nothing_about_a_script(tmp_path):
         scripts.complete('t')
 
 
-@pytest.mark.parametrize('name', ['request', 'started', 'result', 'alive', 'log', 'old'])
+def in_the_place_of(path, kind):
+    """What a hostile script of the same user may put there."""
+    with contextlib.suppress(FileNotFoundError):
+        os.unlink(path)
+    if kind == 'fifo':
+        os.mkfifo(path)
+    elif kind == 'folder':
+        os.mkdir(path)
+    elif kind == 'link':
+        os.symlink('/dev/zero', path)
+    else:
+        with open(path, 'wb') as file:
+            file.truncate(3 << 30)
+
+
 @pytest.mark.parametrize('kind', ['fifo', 'folder', 'sparse', 'link'])
-def test_what_a_script_puts_into_its_folder_holds_nobody_up(tmp_path, name, kind):
+def test_what_a_script_puts_into_its_folder_holds_nobody_up(tmp_path, kind):
+    names = ['request', 'started', 'result', 'alive', 'log', 'old']
     with agents_of(tmp_path / 'home', 1) as (scripts,):
-        scripts.start(spec_of('t', 'exit 3'))
-        ended(scripts, 't')
-        path = str(tmp_path / 'home' / 'Scripts' / 't' / name)
-        with contextlib.suppress(FileNotFoundError):
-            os.unlink(path)
-        if kind == 'fifo':
-            os.mkfifo(path)
-        elif kind == 'folder':
-            os.mkdir(path)
-        elif kind == 'link':
-            os.symlink('/dev/zero', path)
-        else:
-            with open(path, 'wb') as file:
-                file.truncate(3 << 30)
-        for call in (scripts.status, scripts.cancel, lambda ticket: scripts.log(ticket, 0, b'')):
-            with contextlib.suppress(OSError):
-                call('t')
+        for name in names:
+            scripts.start(spec_of(name, 'exit 3'))
+        for name in names:
+            ended(scripts, name)
+            in_the_place_of(str(tmp_path / 'home' / 'Scripts' / name / name), kind)
+            for call in (scripts.status, scripts.cancel, lambda name: scripts.log(name, 0, b'')):
+                with contextlib.suppress(OSError):
+                    call(name)
         scripts.clean(-1)
-        with contextlib.suppress(OSError):
-            scripts.complete('t')
+        for name in names:
+            with contextlib.suppress(OSError):
+                scripts.complete(name)
         assert memory_kb(os.getpid()) < 400 << 10
 
 
