@@ -5342,7 +5342,9 @@ class Scripts:
             for name in os.listdir(self._work):
                 path = os.path.join(self._work, name)
                 is_script = _TICKET_PATTERN.match(name) and not self._folder(name).has('')
-                if is_script and _age(os.path.join(path, BOOTSTRAP)) >= older_than:
+                # The original's have a log, which is written as long as they run.
+                ages = [_age(os.path.join(path, file)) for file in (BOOTSTRAP, 'Output.log')]
+                if is_script and ages[0] >= 0 and min(age for age in ages if age >= 0) >= older_than:
                     self._remove(path)
             forget_completed(self._scripts, self._limits)
         except OSError as error:
