@@ -22,7 +22,7 @@ demo:
 
 # The longest tests run beside the others, and are shown when both are done.
 LONG = any_way or cron_life or serve_that_is_killed or gigabytes or hundred or outlive or install or \
-	demo or long_call or has_answered or one_was_seen or serve_and_poll or second_listening
+	demo or long_call or has_answered or one_was_seen or serve_and_poll or second_listening or random_kills or process_1
 PYTEST = $(TEST_PYTHON) -m pytest -q -p no:cacheprovider test_tentacle.py
 
 test: $(if $(filter .venv/bin/python,$(TEST_PYTHON)),.venv/bin/pytest)

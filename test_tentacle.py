@@ -3530,6 +3530,8 @@ def test_too_few_descriptors_say_nothing_about_a_script(tmp_path):
             try:
                 with pytest.raises(OSError) as caught:
                     call('t')
+                with pytest.raises(OSError):
+                    tentacle.Liveness(str(tmp_path / 'home' / 'Scripts' / 't' / 'alive'))
                 scripts.clean(0)
             finally:
                 resource.setrlimit(resource.RLIMIT_NOFILE, limits)
