@@ -5344,7 +5344,7 @@ class Scripts:
                 is_script = _TICKET_PATTERN.match(name) and not self._folder(name).has('')
                 # The original's have a log, which is written as long as they run.
                 ages = [_age(os.path.join(path, file)) for file in (BOOTSTRAP, 'Output.log')]
-                if is_script and ages[0] >= 0 and min(age for age in ages if age >= 0) >= older_than:
+                if is_script and ages[0] >= older_than and not 0 <= ages[1] < older_than:
                     self._remove(path)
             forget_completed(self._scripts, self._limits)
         except OSError as error:
