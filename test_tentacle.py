@@ -3393,12 +3393,14 @@ def test_the_mutex_holds_between_agents_of_a_home(tmp_path):
 
 
 def supervisor_of(home, ticket):
-    """The process that has a script in hand, by its title."""
-    title = b'tentacle.py script ' + ticket.encode()
+    """The process that has a script of a home in hand."""
+    alive = os.path.join(str(home), 'Scripts', ticket, 'alive')
     for pid in os.listdir('/proc'):
         with contextlib.suppress(OSError):
-            if pid.isdigit() and open_bytes('/proc/%s/cmdline' % pid).startswith(title):
-                return int(pid)
+            if pid.isdigit() and b'tentacle.py script' in open_bytes('/proc/%s/cmdline' % pid):
+                for name in os.listdir('/proc/%s/fd' % pid):
+                    if os.readlink('/proc/%s/fd/%s' % (pid, name)) == alive:
+                        return int(pid)
 
 
 def test_who_takes_the_mutex_ends_what_a_dead_supervisor_left(tmp_path):
@@ -3409,7 +3411,7 @@ def test_who_takes_the_mutex_ends_what_a_dead_supervisor_left(tmp_path):
         eventually(lambda: len(processes_with(mark)) >= 2)
         body = 'grep -l %s /proc/[0-9]*/environ 2> /dev/null' % mark
         scripts.start(spec_of('next', body, isolation=1))
-        os.kill(eventually(lambda: supervisor_of(tmp_path, 'dead')), signal.SIGKILL)
+        os.kill(eventually(lambda: supervisor_of(tmp_path / 'home', 'dead')), signal.SIGKILL)
         code, lines = ended(scripts, 'next')
         assert code != 0 and not any('environ' in line for line in lines)
         assert processes_with(mark) == []
@@ -3422,7 +3424,7 @@ def test_what_can_not_be_ended_is_said(tmp_path, monkeypatch):
     """As where there is no /proc."""
     with agents_of(tmp_path / 'home', 1) as (scripts,):
         scripts.start(spec_of('t', 'echo $$; sleep 1000'))
-        pid = eventually(lambda: supervisor_of(tmp_path, 't'))
+        pid = eventually(lambda: supervisor_of(tmp_path / 'home', 't'))
         eventually(lambda: scripts.status('t').state == tentacle.RUNNING)
         started = str(tmp_path / 'home' / 'Scripts' / 't' / 'started')
         session = eventually(lambda: open_bytes(started).split()[0].strip(b'?'))
