@@ -23,7 +23,7 @@ demo:
 # The longest tests run beside the others, and are shown when both are done.
 LONG = any_way or cron_life or serve_that_is_killed or gigabytes or hundred or outlive or install or \
 	demo or long_call or has_answered or one_was_seen or serve_and_poll or second_listening or random_kills or process_1
-PYTEST = $(TEST_PYTHON) -m pytest -q -p no:cacheprovider test_tentacle.py
+PYTEST = $(TEST_PYTHON) -m pytest -q -o faulthandler_timeout=200 -p no:cacheprovider test_tentacle.py
 
 test: $(if $(filter .venv/bin/python,$(TEST_PYTHON)),.venv/bin/pytest)
 	@long=$$(mktemp); $(PYTEST) -k '$(LONG)' > $$long 2>&1 & beside=$$!; \
